@@ -13,7 +13,7 @@ from typing import Any  # What a config.json holds.
 
 from jaxmerge.files.plan import Model, Outcome
 from jaxmerge.io.disk import links
-from jaxmerge.io.huggingface import folder, tied
+from jaxmerge.io.huggingface import folder, tied_embeddings
 from jaxmerge.io.peft import adapter
 from jaxmerge.io.tensors import quantized
 from jaxmerge.io.tensors.tensor import Files
@@ -147,8 +147,8 @@ def _same(path: pathlib.Path, text: Text, planned: Text | EllipsisType) -> bool:
 
 def heads(model: Model) -> list[str]:
   """Returns the names of a model's output heads that are tied to its embedding."""
-  stored = [n for n in model.tied if n.endswith(tied.HEADS) and n in model.outcomes]
-  name = tied.head(model.config)
+  stored = [n for n in model.tied if n.endswith(tied_embeddings.HEADS) and n in model.outcomes]
+  name = tied_embeddings.head(model.config)
   return stored or [n for n in model.tied if n == name]
 
 
@@ -160,7 +160,7 @@ def _config(config: Mapping[str, Any], adapted: adapter.Adapted) -> dict[str, An
   if adapted.layers is not None:
     changed = _with_layers(changed, adapted.layers)
   # If the class ties by default, its files do not say so.
-  return tied.untie(adapted.tensors, changed) if adapted.untied else changed
+  return tied_embeddings.untie(adapted.tensors, changed) if adapted.untied else changed
 
 
 def _replace(config: Mapping[str, Any], keys: Sequence[str], value: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from jaxmerge import display, errors
 from jaxmerge.files import adapter_inputs, name_variants
 from jaxmerge.files import plan as plans
 from jaxmerge.io import formats
-from jaxmerge.io.huggingface import folder, hub, pipeline, tied
+from jaxmerge.io.huggingface import folder, hub, pipeline, tied_embeddings
 from jaxmerge.io.huggingface import reference as reference_text
 from jaxmerge.io.tensors import quantized, scaled
 from jaxmerge.io.tensors.tensor import Files
@@ -181,11 +181,13 @@ def with_ties(model: plans.Model) -> plans.Model:
 
   A stored head with other values is a separate tensor, whatever the config says.
   """
-  ties = tied.find(model.tensors, model.config)
+  ties = tied_embeddings.find(model.tensors, model.config)
   if ties is None or not ties.flag:
     return model
   embedding = model.tensors[ties.embedding]
-  equal = [n for n in (*ties.heads, *ties.stacks) if tied.equal(embedding, model.tensors[n])]
+  equal = [
+    n for n in (*ties.heads, *ties.stacks) if tied_embeddings.equal(embedding, model.tensors[n])
+  ]
   others = ties._replace(heads=tuple(n for n in ties.heads if n not in equal))
   absent = [n for n in others.absent if n not in model.tensors]
   return model._replace(

@@ -6,14 +6,20 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from jaxmerge.files import other_forms
 from jaxmerge.files.plan import Model, Outcome
-from jaxmerge.io.huggingface import tied
+from jaxmerge.io.huggingface import tied_embeddings
 from jaxmerge.io.tensors import experts
 from jaxmerge.io.tensors import names as spellings
 
 ENDS = ((".gamma", ".weight"), (".beta", ".bias"))  # Old and new names of norm parameters.
 # Suffixes of embeddings and heads, under which one tensor may be stored several times.
 _COPIES = (
-  *("shared.weight", "embed_tokens.weight", "word_embeddings.weight", "wte.weight", *tied.HEADS),
+  *(
+    "shared.weight",
+    "embed_tokens.weight",
+    "word_embeddings.weight",
+    "wte.weight",
+    *tied_embeddings.HEADS,
+  ),
   *("predictions.bias", "predictions.decoder.bias", "lm_head.bias", "lm_head.decoder.bias"),
 )
 
@@ -133,5 +139,5 @@ def _twins(name: str, having: Sequence[Model], models: Sequence[Model]) -> Itera
   for other in filter(_may_be_copy, having[0].tensors):
     if other == name or not all(other in m.tensors for m in models):
       continue
-    if all(not m.files or tied.equal(m.tensors[name], m.tensors[other]) for m in having):
+    if all(not m.files or tied_embeddings.equal(m.tensors[name], m.tensors[other]) for m in having):
       yield other

@@ -9,7 +9,7 @@ from typing import Any  # Any: JSON of a config.
 import numpy as np
 
 from jaxmerge.files.plan import Model, Outcome, Outcomes, Output, Plan
-from jaxmerge.io.huggingface import tied as tied_names
+from jaxmerge.io.huggingface import tied_embeddings
 from jaxmerge.io.tensors.tensor import Tensor
 
 
@@ -27,12 +27,12 @@ def resolve_ties(
     config: that config, updated so far.
   """
   outputs = {o.name: o for o in plan.outputs}
-  ties = tied_names.find(outputs, config)
-  if tied_names.lacks_head(outputs, config):
+  ties = tied_embeddings.find(outputs, config)
+  if tied_embeddings.lacks_head(outputs, config):
     text = (
-      f"the config of {donor.name} says {tied_names.FLAG}: false, but the result has no output "
-      "head; if "
-      "it is the embedding, set it to true there: a library would start from a random head."
+      f"the config of {donor.name} says {tied_embeddings.FLAG}: false, but the result has no "
+      "output head; if it is the embedding, set it to true there: a library would start from a "
+      "random head."
     )
     return plan._replace(notes=(*plan.notes, text)), dict(config)
   if ties is None or ties.flag is False:
@@ -47,13 +47,12 @@ def resolve_ties(
   ]
   if not apart:
     return plan, dict(config)
-  changed = tied_names.untie(outputs, config)
+  changed = tied_embeddings.untie(outputs, config)
   words = (
-    f"{tied_names.FLAG} is false in the config of the result"
+    f"{tied_embeddings.FLAG} is false in the config of the result"
     if changed != config
-    else f"the config still says {tied_names.FLAG}, as more hangs on it: transformers keeps them "
-    "apart "
-    "from version 5 on"
+    else f"the config still says {tied_embeddings.FLAG}, as more hangs on it: transformers keeps "
+    "them apart from version 5 on"
   )
   text = f"{', '.join(apart)} and {ties.embedding} differ in some models, and are merged apart"
   return plan._replace(notes=(*plan.notes, f"{text}; {words}.")), changed
@@ -89,7 +88,7 @@ def share_twins(plan: Plan) -> Plan:
   """
   outputs_by_kind: dict[object, list[Output]] = {}
   same: dict[str, str] = {}
-  for output in sorted(plan.outputs, key=lambda o: o.name.endswith(tied_names.HEADS)):
+  for output in sorted(plan.outputs, key=lambda o: o.name.endswith(tied_embeddings.HEADS)):
     if output.job is None or len(output.shape) < 2 or _in_layers(output.name):
       continue
     others = outputs_by_kind.setdefault(_kind(plan, output), [])
@@ -132,4 +131,4 @@ def _equal(a: Output, b: Output) -> bool:
   pairs = list(zip(_parts(a), _parts(b), strict=True))
   if any(x.dtype != y.dtype for x, y in pairs):
     return False
-  return all(x is y or tied_names.equal(x, y) for x, y in pairs)
+  return all(x is y or tied_embeddings.equal(x, y) for x, y in pairs)

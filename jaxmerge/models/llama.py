@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Integer, PRNGKeyArray
 from jaxmerge.core import tree
 from jaxmerge.io.disk import atomic, links
 from jaxmerge.io.huggingface import folder as folder_lib
-from jaxmerge.io.huggingface import tied
+from jaxmerge.io.huggingface import tied_embeddings
 from jaxmerge.io.tensors import safetensors, tensor
 from jaxmerge.models import decoder, decoder_config, names
 from jaxmerge.parallel import mesh as meshes
@@ -174,7 +174,7 @@ def load(
 def _is_tied(theirs: Mapping[str, tensor.Tensor]) -> bool:
   """Returns whether no head is stored, or one that equals the embedding."""
   head, embedding = theirs.get(_HEAD), theirs.get("model.embed_tokens.weight")
-  return head is None or (embedding is not None and tied.equal(head, embedding))
+  return head is None or (embedding is not None and tied_embeddings.equal(head, embedding))
 
 
 def save(
@@ -213,8 +213,8 @@ def save(
   with atomic.folder(folder, replace=replace) as beside:
     folder_lib.surround(beside, source, readme)
     settings = folder_lib.config(source)
-    if settings.get(tied.FLAG) and not config.tied:
-      text = json.dumps(tied.untie({}, settings), indent=2) + "\n"
+    if settings.get(tied_embeddings.FLAG) and not config.tied:
+      text = json.dumps(tied_embeddings.untie({}, settings), indent=2) + "\n"
       (beside / folder_lib.CONFIG).write_text(text)
     for path in dict.fromkeys(path for path, _ in places.values()):
       entries = {n: entry for n, (home, entry) in places.items() if home == path}

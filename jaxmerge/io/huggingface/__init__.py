@@ -14,7 +14,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
     "shard_writer",
     "shards",
     "single_file",
-    "tied",
+    "tied_embeddings",
     "upload",
     "vocabulary",
   ),

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from jaxmerge.io import other_formats
-from jaxmerge.io.huggingface import tied as tied_names
+from jaxmerge.io.huggingface import tied_embeddings
 from jaxmerge.io.peft import layers, parts, replication, settings
 from jaxmerge.io.peft.base import UNTIED, Base
 from jaxmerge.io.peft.parts import Contents
@@ -206,7 +206,7 @@ def _replace(base: Base, contents: Contents, config: Settings) -> dict[str, str]
     if name_in_base is None:
       raise ValueError(f"{tensor.where}: {_unknown(name, tensor, base, config)}.")
     old = base.tensor(name_in_base)
-    is_vocabulary = tied_names.is_vocabulary(name_in_base)
+    is_vocabulary = tied_embeddings.is_vocabulary(name_in_base)
     resized = is_vocabulary and tensor.shape[1:] == old.shape[1:] != ()
     if tensor.shape != old.shape and not resized:
       raise ValueError(
@@ -227,7 +227,7 @@ def _unknown(name: str, tensor: Tensor, base: Base, config: Settings) -> str:
       f"was trained with the adapter, on a model for {task}, and the base has no {name!r}: use "
       f"such a model as the base, as written by transformers' {written}"
     )
-  untied = f"; give the base{UNTIED}" if name.endswith(tied_names.HEADS) else ""
+  untied = f"; give the base{UNTIED}" if name.endswith(tied_embeddings.HEADS) else ""
   return (
     f"is neither a part of {config.kind} (lora_A.weight, lora_B.weight, lora_embedding_A, "
     f"lora_embedding_B, {parts.MAGNITUDE}) nor in the base{base.near(name)}{untied}"
@@ -263,12 +263,12 @@ def _ties(
     new = changed.get(embedding, tensor)
     apart = head in changed or (new is not tensor and embedding not in tokens)
     new_head = changed.get(head, tensor)
-    if apart and (head in changed or head in heads) and not tied_names.equal(new_head, new):
+    if apart and (head in changed or head in heads) and not tied_embeddings.equal(new_head, new):
       untied[head] = new_head
     else:
       still[head] = new
   # A decoder's config then ties nothing; that of models with a shared embedding is unchanged.
-  alone = untied and not any(map(tied_names.stacks, base))
+  alone = untied and not any(map(tied_embeddings.stacks, base))
   return ({}, untied) if alone else (still, untied)
 
 
@@ -291,9 +291,11 @@ def _refuse_idle(
   """
   for name in changed.keys() - embeddings:
     used = [
-      n for n in tied_names.stacks(name) if tied.get(n, 0) is base.get(name) and n not in changed
+      n
+      for n in tied_embeddings.stacks(name)
+      if tied.get(n, 0) is base.get(name) and n not in changed
     ]
-    if used and not tied_names.equal(changed[name], base[name]):
+    if used and not tied_embeddings.equal(changed[name], base[name]):
       module = name.removesuffix(".weight")
       raise ValueError(
         f"{changed[name].where}: the model never calls {module!r}: it looks tokens up in "
@@ -309,7 +311,7 @@ def _rows(base: Base, out: Mapping[str, Tensor]) -> int | None:
   Raises:
     ValueError: if it changes only some of them.
   """
-  known = {n: t for n, t in out.items() if tied_names.is_vocabulary(n) and n in base.tensors}
+  known = {n: t for n, t in out.items() if tied_embeddings.is_vocabulary(n) and n in base.tensors}
   grown = {n: t for n, t in known.items() if t.shape[0] != base.tensors[n].shape[0]}
   if not grown:
     return None

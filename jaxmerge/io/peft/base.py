@@ -7,7 +7,7 @@ import functools
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
-from jaxmerge.io.huggingface import tied
+from jaxmerge.io.huggingface import tied_embeddings
 from jaxmerge.io.tensors import experts, names
 from jaxmerge.io.tensors.tensor import Tensor
 
@@ -77,7 +77,7 @@ class Base:
     """Returns the error for an adapted tensor that the base lacks."""
     renamed = names.rename(name, self.rename)
     hint = "; give the base that the adapter was trained on"
-    hint += UNTIED if renamed.endswith(tied.HEADS) or self.near(name) == "" else ""
+    hint += UNTIED if renamed.endswith(tied_embeddings.HEADS) or self.near(name) == "" else ""
     more = ", or say with `rename` how its names begin in the base"
     return ValueError(f"{where}: the base has no tensor {renamed!r}{self.near(name)}{hint}{more}.")
 
