@@ -24,7 +24,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--evaluate", metavar="COMMAND", required=True, help=text)
   text = "number of checkpoints per merge; default: 8"
   parser.add_argument("--window", metavar="N", type=int, default=8, help=text)
-  text = "merge at every N-th checkpoint; default: 4"
+  text = "merge at every N-th checkpoint, and at the newest; default: 4"
   parser.add_argument("--every", metavar="N", type=int, default=4, help=text)
   text = "which checkpoints to use: 1000:9000, 'last 20'; default: all"
   parser.add_argument("--steps", metavar="STEPS", default="all", help=text)

@@ -61,14 +61,15 @@ def merge_run(
 ) -> Record:
   """Merges the last `window` checkpoints at every `every`-th one of a run, and scores each merge.
 
-  A second call resumes an interrupted one, and adds checkpoints that were saved since. Its record
-  is the same as that of a single call.
+  The newest checkpoint is always merged. A second call resumes an interrupted one, with the same
+  record as that of a single call, and adds checkpoints that were saved since.
 
   Args:
     run: a folder with one folder per step, as for `files.runs.open_run`.
     out: folder of record, table, plot and merges.
     window: number of checkpoints of a merge.
-    every: distance between merges, in checkpoints; the first merge is at the first full window.
+    every: distance between merges, in checkpoints; the first merge is at the first full window,
+      and the last one at the newest checkpoint.
     evaluate: a command with `{out}` for the folder of a merge, whose last line of output is a JSON
       object of numbers; or a function from the folder to numbers by name.
     steps: the checkpoints to use, as for `files.runs.select`.
@@ -84,7 +85,8 @@ def merge_run(
 
   Returns:
     The record: the settings, and under `points` a dict for each merge: `step`, its newest; `steps`;
-    `weights`; `scores`; `alone`, the scores of the newest checkpoint.
+    `weights`; `scores`; `alone`, the scores of the newest checkpoint; `extra`, true for a merge at
+    the newest checkpoint that is not an `every`-th one.
 
   Raises:
     ValueError: for a window larger than the run, settings other than those of the record in `out`,
@@ -189,15 +191,28 @@ def _enough(job: _Job, record: Record) -> None:
 
 
 def _windows(run: runs.Run, record: Record) -> Iterator[Sequence[runs.Checkpoint]]:
-  """Yields the windows that are not in the record, in the order of steps."""
+  """Yields the windows that are not in the record, in the order of steps.
+
+  The newest checkpoint ends a window even where it is not an `every`-th one. Such a window does not
+  move those that a later call adds.
+  """
   window, every, all_ = record["window"], record["every"], run.checkpoints
-  last = window - 1 - every
-  if record["points"]:  # Older checkpoints may have been deleted since.
-    newest = record["points"][-1]["step"]
-    last = sum(c.step <= newest for c in all_) - 1
-  for end in range(last + every, len(all_), every):
-    if end >= window - 1:
-      yield all_[end - window + 1 : end + 1]
+  last = done = window - 1 - every
+  if points := record["points"]:  # Older checkpoints may have been deleted since.
+    regular = [p["step"] for p in points if not p.get("extra")] or [0]
+    last = sum(c.step <= regular[-1] for c in all_) - 1
+    done = sum(c.step <= points[-1]["step"] for c in all_) - 1
+  ends = set(range(last + every, len(all_), every)) | {len(all_) - 1}
+  for end in sorted(e for e in ends if e > done and e >= window - 1):
+    yield all_[end - window + 1 : end + 1]
+
+
+def _is_extra(run: runs.Run, record: Record, step: int) -> bool:
+  """Returns whether a window ends at a step only because that is the newest."""
+  regular = [p["step"] for p in record["points"] if not p.get("extra")]
+  if not regular:
+    return False
+  return sum(regular[-1] < c.step <= step for c in run.checkpoints) % int(record["every"]) != 0
 
 
 def _add_point(job: _Job, record: Record, checkpoints: Sequence[runs.Checkpoint]) -> Record:
@@ -210,6 +225,8 @@ def _add_point(job: _Job, record: Record, checkpoints: Sequence[runs.Checkpoint]
   if record["alone"]:
     place = job.out / ALONE / str(steps[-1])
     point["alone"] = _score(job, record, {"kind": "sma"}, steps[-1:], place)
+  if _is_extra(job.run, record, steps[-1]):
+    point["extra"] = True
   record = {**record, "points": [*record["points"], point]}
   _write(job.out, record)
   _discard(job, record)

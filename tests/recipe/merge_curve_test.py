@@ -103,7 +103,7 @@ def test_the_command_writes_table_plot_and_record(capsys):
   flags += ["--kind=ema", "--alpha=0.5", "--steps=200:"]
   assert main.main(["merge-run", "run", "out", "--evaluate", COMMAND, *flags]) == 0
   record = json.loads(pathlib.Path("out", "merge_run.json").read_text())
-  assert [p["steps"][0] for p in record["points"]] == [200, 500]
+  assert [p["steps"][0] for p in record["points"]] == [200, 500, 700]
   assert record["points"][0]["weights"] == [0.125, 0.125, 0.25, 0.5]
   assert pathlib.Path("out", "merge_run.png").read_bytes().startswith(b"\x89PNG")
   page = pathlib.Path("out", "merge_run.md").read_text()
@@ -154,8 +154,19 @@ def test_a_run_that_goes_on_is_gone_on_with():
   second = curve(keep="none")
   assert kept() == []
   assert second["points"][:4] == first["points"]
-  assert [p["steps"] for p in second["points"][4:]] == [[900, 1000, 1100, 1200]]
-  assert [path.name for path in CALLS] == ["1200"]
+  assert [p["steps"][-1] for p in second["points"][4:]] == [1200, 1300]
+  assert [path.name for path in CALLS] == ["1200", "1300"]
+
+
+def test_the_newest_checkpoint_is_merged_and_does_not_move_later_merges():
+  first = curve(every=4, keep="none")
+  assert [p["step"] for p in first["points"]] == [400, 800, 1000]
+  assert [p.get("extra", False) for p in first["points"]] == [False, False, True]
+  add((1100, 1200, 1300))
+  second = curve(every=4, keep="none")
+  assert [p["step"] for p in second["points"]] == [400, 800, 1000, 1200, 1300]
+  assert second["points"][:3] == first["points"]
+  assert curve(every=4, keep="none") == second
 
 
 def test_several_numbers_need_a_metric_and_are_not_computed_again():
