@@ -21,6 +21,7 @@ from jaxmerge.catalog import lookup
 from jaxmerge.core import stage
 from jaxmerge.evaluation import external
 from jaxmerge.files import inputs, merge
+from jaxmerge.io.checkpoints import other_programs
 from jaxmerge.io.disk import atomic, stamps
 from jaxmerge.io.huggingface import folder as folders
 from jaxmerge.io.huggingface import hub
@@ -263,9 +264,18 @@ def files_of(reference: str, *, download: bool) -> list[list[Any]]:
   ]
   result = []
   for place in places:
-    if not place.exists():
-      raise ValueError(f"{place}: neither a folder nor a model in the hub's cache.")
-    for path in sorted(p for p in place.rglob("*") if p.is_file()):
+    root, paths = _files(place)
+    for path in paths:
       status = path.stat()
-      result.append([str(path.relative_to(place)), status.st_size, status.st_mtime_ns])
+      result.append([str(path.relative_to(root)), status.st_size, status.st_mtime_ns])
   return result
+
+
+def _files(place: pathlib.Path) -> tuple[pathlib.Path, Sequence[pathlib.Path]]:
+  """Returns the folder of a model, or of the run of a `RUN@STEP`, and the model's files."""
+  if place.exists():
+    return place, sorted(p for p in place.rglob("*") if p.is_file())
+  checkpoint = other_programs.open_checkpoint(place)
+  if checkpoint is None:
+    raise ValueError(f"{place}: neither a folder nor a model in the hub's cache.")
+  return checkpoint.root.path, checkpoint.files

@@ -8,6 +8,7 @@ import sys
 
 import folders
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from jaxmerge import merge_files, methods
@@ -221,6 +222,29 @@ def test_a_checkpoint_is_evaluated_as_a_merge_would_write_it(home, monkeypatch):
   assert record["models"]["experts_chat"]["per_task"]["chat"] == 1.0
   assert calls[:3] == ["base", "experts_chat", "code"]
   assert [p.name for p in (home / "run/alone").iterdir() if p.is_dir()] == []
+
+
+def test_steps_of_a_run_are_compared_and_changes_of_them_are_refused(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  with ocp.CheckpointManager(tmp_path / "run") as manager:
+    for step in (1, 2, 3):
+      tree = {"w": np.full((2, 2), step, np.float32)}
+      manager.save(step, args=ocp.args.PyTreeSave(tree))
+
+  def evaluate(out):
+    return {"w": float(folders_of(out)["w"].sum())}
+
+  monkeypatch.setattr(folder_bench.external, "command", lambda text: evaluate)
+  config = folder_config.Bench("run@1", ("run@2", "run@3"), "x {out}", ("average",), trials=1)
+  record = folder_bench.run(config, tmp_path / "bench")
+  assert record["models"]["base"]["mean"] == 4.0
+  assert record["models"]["experts_run@3"]["mean"] == 12.0
+  assert record["models"]["average"]["mean"] == 10.0
+  next(p for p in (tmp_path / "run/3").rglob("*") if p.is_file()).touch()
+  with pytest.raises(ValueError, match="run@3 has changed since"):
+    folder_bench.run(config, tmp_path / "bench")
+  with pytest.raises(ValueError, match="run@7"):
+    folder_bench.run(config._replace(models=("run@7",)), tmp_path / "other")
 
 
 def test_a_broken_command_ends_the_run_at_once(home):
