@@ -240,7 +240,7 @@ def test_steps_of_a_run_are_compared_and_changes_of_them_are_refused(tmp_path, m
   assert record["models"]["base"]["mean"] == 4.0
   assert record["models"]["experts_run@3"]["mean"] == 12.0
   assert record["models"]["average"]["mean"] == 10.0
-  next(p for p in (tmp_path / "run/3").rglob("*") if p.is_file()).touch()
+  next(p for p in (tmp_path / "run/3/default").rglob("*") if p.is_file()).touch()
   with pytest.raises(ValueError, match="run@3 has changed since"):
     folder_bench.run(config, tmp_path / "bench")
   with pytest.raises(ValueError, match="run@7"):
