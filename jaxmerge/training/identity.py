@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import platform
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any  # Any: parameters are the user's tree, records are plain JSON.
 
 import jax
@@ -27,6 +29,41 @@ def task_digest(task: Task) -> str:
   for leaf in jax.tree.leaves((task.train, task.validation)):
     checksum = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), checksum)
   return f"{len(task.train.labels)} rows, crc32 {checksum:08x}"
+
+
+def functions_record(**functions: Any) -> dict[str, str]:
+  """Returns a digest of each function that has one, and the versions it holds for."""
+  digests = {n: fingerprint.stable_fingerprint(f) for n, f in functions.items()}
+  versions = (
+    f"Python {platform.python_version()}, jaxmerge {importlib.metadata.version('jaxmerge')}"
+  )
+  return {"versions": versions} | {n: d for n, d in digests.items() if d is not None}
+
+
+def refuse_other_functions(theirs: Mapping[str, str], ours: Mapping[str, str]) -> None:
+  """Raises ValueError for functions whose code differs, if both digests are of the same versions.
+
+  Checkpoints of before have no digests.
+  """
+  if theirs.get("versions") != ours["versions"]:
+    return
+  for name in sorted(theirs.keys() & ours.keys()):
+    if theirs[name] != ours[name]:
+      raise ValueError(
+        f"the checkpoints belong to another run: {name} has other code, or uses other values, "
+        "there than here; undo the change, or use another folder."
+      )
+
+
+def refuse_other_heads(theirs: Any, ours: Any, tasks: Sequence[Task]) -> None:
+  """Raises ValueError, naming the task, if a head differs by more than rounding explains."""
+  for task, one, other in zip(tasks, np.asarray(theirs), np.asarray(ours), strict=False):
+    size = max(float(np.abs(one).max(initial=0)), 1e-30)
+    if one.shape != other.shape or float(np.abs(one - other).max(initial=0)) > 1e-3 * size:
+      raise ValueError(
+        f"the checkpoints belong to another run: the head of task {task.name!r} differs; use the "
+        "same head, or another folder."
+      )
 
 
 def refuse_other(part: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:

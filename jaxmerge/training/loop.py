@@ -277,4 +277,6 @@ class _Run:
       self.best = arrays["best"]
       self.best_score = max(map(self.metric.gain, means), default=-np.inf)
     self.state = saving.restore_state(self.loop, arrays, self.state)
-    self.messages = (*checkpoint.set_aside, f"resumed after round {len(self.records)}")
+    resumed = f"resumed after round {len(self.records)}"
+    notes = saving.unchecked(self.loop, checkpoint.record)
+    self.messages = (*checkpoint.set_aside, resumed, *notes)

@@ -42,6 +42,7 @@ def record(loop: Loop, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     "settings": settings_lib.record(spec.settings),
     "method": identity.method_record(spec.method, spec.hparams),
     "tasks": {t.name: identity.task_digest(t) for t in spec.tasks},
+    "functions": functions(loop),
     "rounds": list(records),
     "position": steps_taken(loop, done),
     "budget": cost(loop, done)._asdict(),
@@ -54,6 +55,27 @@ def refuse_other_run(loop: Loop, theirs: Mapping[str, Any]) -> None:
   theirs = {**theirs, "method": fingerprint.placeless(theirs["method"])}
   for part in ("settings", "method", "tasks"):
     identity.refuse_other(part, theirs[part], ours[part])
+  identity.refuse_other_functions(theirs.get("functions", {}), ours["functions"])
+
+
+def functions(loop: Loop) -> dict[str, str]:
+  """Returns digests of the model, the loss and the layout, where there are any."""
+  spec = loop.spec
+  return identity.functions_record(apply=spec.apply, loss=spec.loss, layout=spec.layout)
+
+
+def unchecked(loop: Loop, theirs: Mapping[str, Any]) -> tuple[str, ...]:
+  """Returns a note on functions that could not be compared with a checkpoint's record."""
+  recorded, ours = theirs.get("functions", {}), functions(loop)
+  names = [n for n in ("apply", "loss", "layout") if n not in recorded or n not in ours]
+  if names:
+    return (f"no digest tells whether the run began with the same {', '.join(names)}",)
+  if recorded["versions"] != ours["versions"]:
+    return (
+      "not compared with the functions that the run began with: their digests are of "
+      f"{recorded['versions']}, not {ours['versions']}",
+    )
+  return ()
 
 
 def steps_taken(loop: Loop, rounds_done: int) -> dict[str, int]:
@@ -90,13 +112,15 @@ def restore_loop(loop: Loop, arrays: Mapping[str, Any]) -> Loop:
   """Returns the loop with the initial model and the heads of a checkpoint.
 
   Raises:
-    ValueError: if the checkpoint has another initial model.
+    ValueError: if the checkpoint has another initial model, or other heads.
   """
   identity.refuse_other_start(arrays["base"], loop.base)
   loop = loop._replace(base=arrays["base"])
   if loop.rows.head is None:
     return loop
-  return loop._replace(rows=with_head(loop.rows, meshes.fetch(arrays["head"])))
+  head = meshes.fetch(arrays["head"])
+  identity.refuse_other_heads(head, meshes.fetch(loop.rows.head), loop.spec.tasks)
+  return loop._replace(rows=with_head(loop.rows, head))
 
 
 def restore_state(loop: Loop, arrays: Mapping[str, Any], start: rounds.State) -> rounds.State:

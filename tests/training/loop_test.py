@@ -441,7 +441,10 @@ def bee(**changes):
     (dict(method=methods.ties()), r"method 'density' is None there and \[0.2\] here"),
     (dict(tasks=bee(name="bug")), "tasks 'bee' is '20 rows, .*' there and None here"),
     (dict(tasks=bee(train=small.classified("x", 20, 2).train)), "tasks 'bee' is '20 rows, crc32"),
-    (dict(start=jax.tree.map(lambda x: 2 * x, small.weights())), "leaf .* of the model to start"),
+    (
+      dict(start=jax.tree.map(lambda x: 2 * x, small.weights())),
+      "leaf .* of the initial model differs",
+    ),
     (dict(local_state="kept"), "settings 'local_state' is 'fresh' there and 'kept' here"),
     (dict(outer="adam"), "settings 'outer' is .* there and 'adam' here"),
   ],
