@@ -143,6 +143,12 @@ class Method:
   def __hash__(self) -> int:
     return hash(self.stages)
 
+  def __repr__(self) -> str:
+    numbers = {n: v for step in self for n, v in step.hparams.items()}
+    values = [f"{n}={v:.40}" for n, v in ((n, repr(v)) for n, v in numbers.items())]
+    values += [f"{n}={v!r:.40}" for n, v in self.settings if n not in numbers]
+    return f"{self.name or 'method'}({', '.join(values)})"
+
   def __len__(self) -> int:
     return len(self.stages)
 

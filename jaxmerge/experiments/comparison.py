@@ -43,7 +43,7 @@ def compare(
   base: Any,
   experts: Any,
   tasks: Sequence[Task] | Any,
-  methods: Methods = METHODS,
+  methods: Methods | Any = METHODS,
   *,
   trials: int = 8,
   split: str | None = None,
@@ -79,6 +79,11 @@ def compare(
     ValueError: for methods that there are not, or tasks, experts and base that do not fit.
   """
   tasks = arguments.tasks(apply, tasks, settings.Settings())
+  if experts is None:
+    raise ValueError(
+      "there are no experts: tune_and_merge(..., baselines=['experts']) returns them, as "
+      "result.experts."
+    )
   metric = metrics.metric_of(metric)
   listed = _listed(methods, trials)
   _refuse_taken(listed, models or {}, len(tasks))
@@ -119,6 +124,8 @@ def _listed(methods: Methods | Any, trials: int) -> dict[str, Any]:
   """Returns what is tried by name: a count of trials, settings, or a method."""
   if isinstance(methods, str):
     raise ValueError(f"methods must be a list of names, got {methods!r}: write [{methods!r}].")
+  if isinstance(methods, Method) or any(isinstance(one, Method) for one in methods):
+    raise ValueError("methods must be names, or methods by name, such as {'mine': method}.")
   if isinstance(trials, bool) or not isinstance(trials, int) or trials < 1:
     raise ValueError(f"trials must be a whole number, 1 or more, got {trials!r}.")
   listed = dict(methods) if isinstance(methods, Mapping) else dict.fromkeys(methods, trials)

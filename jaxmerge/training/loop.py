@@ -49,7 +49,7 @@ class Result(NamedTuple):
     params: the merged model.
     rounds: one record a round: means, per task, losses, geometry, exchanges, seconds.
     budget: what it cost.
-    messages: notes, such as checkpoints that were set aside; for methods of
+    messages: notes, such as checkpoints that were set aside, rounds without a step; for methods of
       rows and matrices, how many leaves have which matrix view.
     record: what `jaxmerge.report` draws: settings, rounds, and the scores of all models.
     scores: on request, by split: mean and per task of every model, on "validation" and "test".
@@ -248,7 +248,8 @@ class _Run:
     """Returns the last model (with early stopping, the best one) and its cost."""
     early = self.settings.early_stopping and self.best is not None
     params = self.best if early else self.state.params
-    lines = layouts.lines(self.loop.parts.method, self.loop.parts.layout)
+    layout = layouts.lines(self.loop.parts.method, self.loop.parts.layout)
+    lines = (*layout, *saving.empty_rounds(self.loop))
     cost = saving.cost(self.loop, self.settings.rounds)
     return Result(params, self.records, cost, (*lines, *self.messages))
 

@@ -50,6 +50,12 @@ def check(baselines: Sequence[str], tasks: Sequence[Task], *, test: bool) -> tup
       f"baselines must be a list of names, got {baselines!r}: write [{baselines!r}]."
     )
   for name in baselines:
+    if isinstance(name, stage.Method):
+      called = name.name if name.name in lookup.METHODS else "ties"
+      raise ValueError(
+        f"baselines are names of methods, which merge with their defaults, got a method: give "
+        f"{called!r}, or compare it by jaxmerge.compare(..., methods={{{called!r}: method}})."
+      )
     if name == EXPERTS:
       continue
     if name not in lookup.METHODS:

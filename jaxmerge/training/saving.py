@@ -86,6 +86,19 @@ def steps_taken(loop: Loop, rounds_done: int) -> dict[str, int]:
   return dict(zip(loop.names, ends, strict=True))
 
 
+def empty_rounds(loop: Loop) -> tuple[str, ...]:
+  """Returns a note if some rounds have no step of any task."""
+  rounds = loop.spec.settings.rounds
+  steps = steps_taken(loop, rounds)
+  longest = max(steps, key=lambda name: steps[name])
+  if steps[longest] >= rounds:
+    return ()
+  return (
+    f"some of the {rounds} rounds have no step: the longest task, {longest!r}, has "
+    f"{steps[longest]} in the whole run; set fewer rounds, more epochs, or a smaller batch_size",
+  )
+
+
 def cost(loop: Loop, rounds_done: int) -> budget.Budget:
   """Returns the cost of the run after some rounds."""
   steps = list(steps_taken(loop, rounds_done).values())

@@ -219,3 +219,10 @@ def test_rows_need_a_view_or_a_rest():
   ]
   with pytest.raises(ValueError, match="no matrix view; declare it in `layout` or mask the method"):
     jaxmerge.merge(method, models, layout=(("a", None),))
+
+
+def test_a_method_is_shown_by_its_call():
+  assert repr(methods.slerp(t=0.25)) == "slerp(t=0.25)"
+  assert repr(methods.ties()).startswith("ties(density=0.2, weight=1.0, scale=1.0, ")
+  assert repr(stage.chain(methods.average(), methods.scaled(0.5))).startswith("average + scaled(")
+  assert repr(stage.pointwise(abs)) == "method()"

@@ -136,6 +136,9 @@ def test_a_method_that_fails_says_why(result):
     ({"methods": ("slerp",)}, "slerp does not merge the task vectors of any number"),
     ({"methods": {"ties": {"density": (2.0,)}}}, r"ties: density must be in \(0, 1\], got 2.0"),
     ({"trials": 0}, "trials must be a whole number, 1 or more, got 0"),
+    ({"methods": [jaxmerge.methods.ties()]}, r"or methods by name, such as {'mine': method}"),
+    ({"methods": jaxmerge.methods.ties()}, r"or methods by name, such as {'mine': method}"),
+    ({"experts": None}, r"baselines=\['experts'\]"),
     ({"models": {"Ties": 0}}, "models: the name 'Ties' is taken by one of the methods of that"),
     ({"models": {"base": 0}}, "models: the name 'base' is taken by the reference of that name"),
     ({"models": {"a_b": 0, "a b": 0}}, "models: the name 'a b' is taken by another model"),
@@ -146,8 +149,9 @@ def test_a_method_that_fails_says_why(result):
 )
 def test_what_cannot_be_compared_is_refused(changes, message):
   experts = jaxmerge.stack([small.weights(s) for s in range(3)])
+  changes = {"experts": experts} | changes
   with pytest.raises(ValueError, match=message):
-    jaxmerge.compare(small.network, small.weights(), experts, small.three(), **changes)
+    jaxmerge.compare(small.network, small.weights(), tasks=small.three(), **changes)
 
 
 def test_experts_by_name_are_those_of_the_tasks():
