@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxmerge.analysis import sums as sum_lib
 from jaxmerge.analysis.sums import Count, Sums
+from jaxmerge.core import leaf_names
 from jaxmerge.errors import Problems
 from jaxmerge.files import adapter_inputs, inputs, other_forms
 from jaxmerge.files.plan import Model
@@ -30,11 +31,12 @@ SHOWN = 20  # Most lines of an error.
 
 # Kinds of tensors, by the first expression that matches their names.
 KINDS = {
-  "norm": r"norm|(^|[._])(ln|bn)(_?[0-9f])?\.",
-  "head": r"(^|\.)(lm_head|embed_out|classifier|score)\.",
-  "embedding": r"embed|(^|\.)w[tp]e\.|^shared\.",
-  "attention": r"attn|attention|(^|[._])[qkvo]_proj\.",
-  "mlp": r"mlp|ffn|feed_?forward|expert|reludense|intermediate|(^|\.)(fc[0-9]|output\.dense)\.",
+  "norm": r"norm|(^|[._/])(ln|bn)(_?[0-9f])?[./]",
+  "head": r"(^|[./])(lm_head|embed_out|classifier|score)[./]",
+  "embedding": r"embed|(^|[./])w[tp]e[./]|^shared[./]",
+  "attention": r"attn|attention|(^|[._/])[qkvo]_proj[./]",
+  "mlp": r"mlp|ffn|feed_?forward|expert|reludense|intermediate|"
+  r"(^|[./])(fc[0-9]|output[./]dense)[./]",
 }
 
 
@@ -133,7 +135,11 @@ def layer(name: str) -> str:
 
   >>> layer("model.layers.12.mlp.experts.3.w1.weight"), layer("lm_head.weight")
   ('12', 'outside')
+  >>> layer("layers/12/attn/kernel"), layer("decoder/layers_3/mlp/kernel")
+  ('12', '3')
   """
+  if at := leaf_names.layer_of_path(name):
+    return str(at[1])
   return next((part for part in name.split(".") if part.isdecimal()), "outside")
 
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple  # Any: JSON of a config.
 
+from jaxmerge.core import leaf_names
 from jaxmerge.recipe.layer_config import COUNT, ahead, each_layer, has_default_count, restack
 from jaxmerge.recipe.layer_rules import Layers
 
@@ -16,9 +17,9 @@ _COUNTS = (
   *("encoder_num_hidden_layers", "decoder_num_hidden_layers"),
 )
 _PLAIN = {"num", "n", "hidden", "layers", "layer", "config", "model"}  # Prefixes without meaning.
-_INPUTS = re.compile(r"(^|[._])(embed\w*|\w*embeddings?|wte|wpe|shared|patch_embed\w*)(\.|$)")
+_INPUTS = re.compile(r"(^|[._/])(embed\w*|\w*embeddings?|wte|wpe|shared|patch_embed\w*)([./]|$)")
 _SIGHT = {"vision_config", "audio_config", "speech_config", "visual"}
-_TOWER = re.compile(r"(^|[._])(vision|visual|vit|image|img|audio|speech|video)(_\w+)?(\.|$)")
+_TOWER = re.compile(r"(^|[._/])(vision|visual|vit|image|img|audio|speech|video)(_\w+)?([./]|$)")
 
 
 class Place(NamedTuple):
@@ -30,12 +31,16 @@ class Place(NamedTuple):
 
 
 def place(name: str) -> Place | None:
-  """Splits a tensor's name at its first number; None without one.
+  """Splits a tensor's name at its first number, of a layer if it has slashes; None without one.
 
   >>> place("model.layers.3.experts.7.w1.weight")
   Place(stack='model.layers.', layer=3, rest='experts.7.w1.weight')
+  >>> place("decoder/layers_3/mlp/kernel")
+  Place(stack='decoder/layers_', layer=3, rest='mlp/kernel')
   >>> place("model.norm.weight")
   """
+  if at := leaf_names.layer_of_path(name):
+    return Place(*at) if at[2] else None
   match = _FIRST_NUMBER.match(name)
   return Place(match[1], int(match[2]), match[3]) if match else None
 

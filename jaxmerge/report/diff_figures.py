@@ -8,6 +8,7 @@ from typing import Any, NamedTuple  # Any: a record is JSON, and Matplotlib is o
 
 import numpy as np
 
+from jaxmerge.core import leaf_names
 from jaxmerge.report import diff_text, task_vector_plots, vector
 from jaxmerge.report import figure_elements as figures
 
@@ -118,10 +119,7 @@ def modules(record: Mapping[str, Any]) -> Map:
   sums: dict[tuple[str, int], tuple[np.ndarray, float]] = {}
   names = record["models"]
   for name, measures in record["tensors"].items():
-    parts = name.split(".")
-    numbers = [int(part) for part in parts if part.isdecimal()]
-    if numbers:
-      key = ".".join("*" if part.isdecimal() else part for part in parts), numbers[0]
+    if key := _module(name):
       norms = np.array([measures["norms"][n] for n in names])
       cosine = np.array([figures.numbers(row) for row in measures["cosines"]])
       gram = np.nan_to_num(cosine) * np.outer(norms, norms)
@@ -141,6 +139,19 @@ def modules(record: Mapping[str, Any]) -> Map:
       values = (gram / np.outer(norms, norms))[upper]
     cosine[place] = values.mean() if len(values) else np.nan
   return Map(rows, columns, relative, cosine)
+
+
+def _module(name: str) -> tuple[str, int] | None:
+  """Returns the name of a tensor with a star for each number, and its layer; None outside."""
+  at = leaf_names.layer_of_path(name)
+  stack, layer, rest = at or ("", None, name)
+  separator = "." if at is None else "/"
+  parts = rest.split(separator)
+  numbers = [layer] if layer is not None else [int(part) for part in parts if part.isdecimal()]
+  if not numbers:
+    return None
+  stars = separator.join("*" if part.isdecimal() else part for part in parts)
+  return (stars if at is None else f"{stack}*/{stars}".rstrip("/")), numbers[0]
 
 
 def norm_map(record: Mapping[str, Any], grid: Map, width: float) -> Any:
@@ -204,12 +215,13 @@ def _maps(
 
 def _labels(names: Sequence[str], length: int) -> list[str]:
   """Returns names without their common first and last parts."""
-  parts = [name.split(".") for name in names]
+  separator = "/" if any("/" in name for name in names) else "."
+  parts = [name.split(separator) for name in names]
   while len(parts) > 1 and len({p[0] for p in parts}) == 1 and min(map(len, parts)) > 1:
     parts = [p[1:] for p in parts]
   while len(parts) > 1 and len({p[-1] for p in parts}) == 1 and min(map(len, parts)) > 1:
     parts = [p[:-1] for p in parts]
-  short = [".".join(p) for p in parts]
+  short = [separator.join(p) for p in parts]
   return [figures.literal(x if len(x) <= length else f"…{x[1 - length :]}") for x in short]
 
 

@@ -12,6 +12,10 @@ from jaxmerge.recipe import layers
     ("encoder.block.0.layer.1.wi.weight", ("encoder.block.", 0, "layer.1.wi.weight")),
     ("0.auto_model.x", ("", 0, "auto_model.x")),
     ("lm_head.weight", None),
+    ("layers/3/mlp/experts/7/kernel", ("layers/", 3, "mlp/experts/7/kernel")),
+    ("encoder/encoderblock_2/Dense_0/kernel", ("encoder/encoderblock_", 2, "Dense_0/kernel")),
+    ("decoder/layers/mlp/kernel", None),
+    ("LayerNorm_0/scale", None),
   ],
 )
 def test_places_of_names(name, expected):

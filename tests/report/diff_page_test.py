@@ -94,6 +94,19 @@ def test_a_map_adds_up_tensors_of_one_module():
   assert grid.cosine[1, 3] == pytest.approx(sum(products) / np.prod(norms))
 
 
+def test_names_with_slashes_have_modules_and_layers():
+  made = record()
+  made["tensors"] = {n.replace(".", "/"): x for n, x in made["tensors"].items()}
+  grid = diff_figures.modules(made)
+  assert grid.modules == [
+    "model/layers/*/self_attn/q_proj/weight",
+    "model/layers/*/mlp/experts/*/up/weight",
+  ]
+  np.testing.assert_array_equal(grid.relative, diff_figures.modules(record()).relative)
+  renamed = {n.replace("layers/", "layers_"): x for n, x in made["tensors"].items()}
+  assert diff_figures.modules({**made, "tensors": renamed}).modules[0].startswith("model/layers_*/")
+
+
 def test_tables_say_which_tensors_moved_and_how_many_did_not():
   made = record()
   made["tensors"]["model.norm.weight"] |= {"norms": {"chat": 0.0, "code": 0.0}}

@@ -119,13 +119,14 @@ def _stacked_slices(
     text = f"{error}{modules.hint(slices, names[slices[0].sources[0].model], error.stacks)}"
     raise RecipeError([Problem(slices[0].place, text)]) from error
   begun = 0
+  separator = "/" if any("/" in n for n in names[slices[0].sources[0].model]) else "."
   for group in slices:
     starts = [s.layers[0] if s.layers else 0 for s in group.sources]
     first = group.sources[0].layers or (0, layers.stacks(names[group.sources[0].model])[stack])
     count = first[1] - first[0]
     _check_ranges(group, names, stack)
     for i in range(count):
-      heads = [f"{stack}{start + i}." for start in starts]
+      heads = [f"{stack}{start + i}{separator}" for start in starts]
       rests = {
         name.removeprefix(head)
         for source, head in zip(group.sources, heads, strict=True)
@@ -133,7 +134,7 @@ def _stacked_slices(
         if name.startswith(head)
       }
       for rest in sorted(rests):
-        name = f"{stack}{begun + i}.{rest}"
+        name = f"{stack}{begun + i}{separator}{rest}"
         tensor = parameters.Tensor(name, begun + i, parameters.depth(i, count))
         yield Row(tensor, group, tuple(head + rest for head in heads))
     begun += count
