@@ -17,12 +17,11 @@ import numpy as np
 
 from jaxmerge.analysis import sums as sum_lib
 from jaxmerge.analysis.sums import Count, Sums
-from jaxmerge.core import leaf_names
 from jaxmerge.errors import Problems
 from jaxmerge.files import adapter_inputs, inputs, other_forms
 from jaxmerge.files.plan import Model
 from jaxmerge.io.peft import adapter
-from jaxmerge.io.tensors import safetensors
+from jaxmerge.io.tensors import layer_names, safetensors
 from jaxmerge.io.tensors.tensor import Files, Tensor
 
 Record = dict[str, Any]
@@ -138,7 +137,7 @@ def layer(name: str) -> str:
   >>> layer("layers/12/attn/kernel"), layer("decoder/layers_3/mlp/kernel")
   ('12', '3')
   """
-  if at := leaf_names.layer_of_path(name):
+  if at := layer_names.layer_of_path(name):
     return str(at[1])
   return next((part for part in name.split(".") if part.isdecimal()), "outside")
 

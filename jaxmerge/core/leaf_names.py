@@ -23,11 +23,6 @@ _EXPERTS = re.compile(r"expert|moe", re.IGNORECASE)
 _ATTENTION = re.compile(r"att(n|ention)|^mha", re.IGNORECASE)
 _INWARD = re.compile(r"w?(q|k|v|kv|qkv)(_[ab])?(_proj)?|query|key|value|to_(q|k|v|qkv)")
 _OUTWARD = re.compile(r"out|wo|o|output|(o|out|output)_proj|attn_out|to_out")
-_LAYER_OF_PATH = re.compile(  # A number is a part, or ends one such as `layers_0`.
-  r"(?P<stack>(?:[^/]+/)*?(?:(?:[^/]*_)?(?:layers?|[a-z]*blocks?|h)_)?)(?P<layer>[0-9]+)"
-  r"(?:/(?P<rest>.+))?",
-  re.IGNORECASE,
-)
 UP = re.compile(r"gate_up(_proj)?|(gate|up)(_proj)?|w[13]|wi(_[01])?|v1|fc1|input_linear")
 DOWN = re.compile(r"down(_proj)?|w2|wo|fc2|output_linear")
 
@@ -126,15 +121,3 @@ def is_table(words: Name) -> bool:
   if words.leaf == "weight":
     return may_be_table(words.module) and bool(_TABLES.fullmatch(words.module))
   return may_be_table(words.leaf) or bool(_TOKENS.fullmatch(words.leaf))
-
-
-def layer_of_path(name: str) -> tuple[str, int, str] | None:
-  """Splits a name with slashes at the number of its layer; None without one.
-
-  >>> layer_of_path("decoder/layers_3/mlp/kernel"), layer_of_path("blocks/0/attn/kernel")
-  (('decoder/layers_', 3, 'mlp/kernel'), ('blocks/', 0, 'attn/kernel'))
-  >>> layer_of_path("LayerNorm_0/scale"), layer_of_path("model.layers.0.w")
-  (None, None)
-  """
-  match = _LAYER_OF_PATH.fullmatch(name) if "/" in name else None
-  return (match["stack"], int(match["layer"]), match["rest"] or "") if match else None

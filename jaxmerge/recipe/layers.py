@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple  # Any: JSON of a config.
 
-from jaxmerge.core import leaf_names
+from jaxmerge.io.tensors import layer_names
 from jaxmerge.recipe.layer_config import COUNT, ahead, each_layer, has_default_count, restack
 from jaxmerge.recipe.layer_rules import Layers
 
@@ -39,7 +39,7 @@ def place(name: str) -> Place | None:
   Place(stack='decoder/layers_', layer=3, rest='mlp/kernel')
   >>> place("model.norm.weight")
   """
-  if at := leaf_names.layer_of_path(name):
+  if at := layer_names.layer_of_path(name):
     return Place(*at) if at[2] else None
   match = _FIRST_NUMBER.match(name)
   return Place(match[1], int(match[2]), match[3]) if match else None

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple  # Any: a record is JSON, and Matplotlib is o
 
 import numpy as np
 
-from jaxmerge.core import leaf_names
+from jaxmerge.io.tensors import layer_names
 from jaxmerge.report import diff_text, task_vector_plots, vector
 from jaxmerge.report import figure_elements as figures
 
@@ -143,7 +143,7 @@ def modules(record: Mapping[str, Any]) -> Map:
 
 def _module(name: str) -> tuple[str, int] | None:
   """Returns the name of a tensor with a star for each number, and its layer; None outside."""
-  at = leaf_names.layer_of_path(name)
+  at = layer_names.layer_of_path(name)
   stack, layer, rest = at or ("", None, name)
   separator = "." if at is None else "/"
   parts = rest.split(separator)
