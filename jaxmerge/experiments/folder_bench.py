@@ -23,6 +23,9 @@ from jaxmerge.search import box, objective
 
 Result = dict[str, Any]
 
+EVERYTHING = ("",)  # The prefix of all keys.
+_EXTENDS = ("methods", "trials", "keep", "changes.", "download")
+
 
 def run(
   bench: Bench,
@@ -65,13 +68,17 @@ def run(
     bench.download,
   )
   plain = _plain(bench, models)
-  _refuse_changed(folder, plain)
-  with workdir.hold(
-    folder, plain, resume, free=("methods", "trials", "keep", "changes.", "download")
-  ):
+  free = _free(folder)
+  if free != EVERYTHING:
+    _refuse_changed(folder, plain)
+  with workdir.hold(folder, plain, resume, free=free):
+    if _free(folder) == EVERYTHING:
+      _clear(folder)
     workdir.claim(folder, plain)
     events = Events(progress)
     alone = _score_alone(source, events)
+    if not bench.numbers and free != _EXTENDS:  # A run with scores goes on.
+      _check_scale(alone["base"]["numbers"], events)
     source = dataclasses.replace(source, numbers=source.numbers or (*alone["base"]["numbers"],))
     results: dict[str, Result] = {}
     for name in bench.methods:
@@ -83,6 +90,37 @@ def run(
     record = standings.of_folders(source, plain, alone, results)
     standings.write(record, folder)
     return record
+
+
+def _free(folder: pathlib.Path) -> tuple[str, ...]:
+  """Returns prefixes of config keys that may differ from those of the run in a folder."""
+  alone = [folder_trials.read(path) for path in (folder / "alone").glob("*.json")]
+  searches = [folder_trials.read(path) for path in (folder / "trials").glob("*.json")]
+  if any("numbers" in trial for search in searches for trial in search.get("trials", [])):
+    return _EXTENDS
+  return (*_EXTENDS, "numbers") if any("numbers" in result for result in alone) else EVERYTHING
+
+
+def _clear(folder: pathlib.Path) -> None:
+  """Removes what a run without any score left in a folder: its settings may have been others."""
+  for name in ("alone", "trials", "methods", "merges"):
+    shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _check_scale(numbers: Mapping[str, float], events: Events) -> None:
+  """Says which numbers the score averages; raises ValueError for fractions beside large numbers."""
+  if len(numbers) == 1:
+    return
+  small, large = (
+    min(numbers, key=lambda n: abs(numbers[n])),
+    max(numbers, key=lambda n: abs(numbers[n])),
+  )
+  if abs(numbers[small]) <= 1 and abs(numbers[large]) > 100:
+    raise ValueError(
+      f"the evaluation prints {small} {numbers[small]:g} and {large} {numbers[large]:g}, whose "
+      f"mean is no score: choose numbers by --score, such as --score {small}."
+    )
+  events.say(f"the score is the mean of {', '.join(numbers)}; --score chooses among them")
 
 
 def _plain(bench: Bench, models: Mapping[str, str]) -> dict[str, Any]:

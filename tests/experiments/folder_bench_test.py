@@ -247,6 +247,38 @@ def test_steps_of_a_run_are_compared_and_changes_of_them_are_refused(tmp_path, m
     folder_bench.run(config._replace(models=("run@7",)), tmp_path / "other")
 
 
+def test_a_folder_without_scores_is_taken_over(home, monkeypatch):
+  (home / "broken.py").write_text("raise SystemExit(3)")
+  config = bench(home, ("average",))
+  with pytest.raises(ValueError, match="ended with status 3"):
+    folder_bench.run(
+      config._replace(evaluate=f"{sys.executable} {home}/broken.py {{out}}"), home / "run"
+    )
+  in_process(monkeypatch, home, [])
+  assert folder_bench.run(config, home / "run")["models"]["average"]["per_task"]
+  with pytest.raises(ValueError, match="another config: evaluate is"):
+    folder_bench.run(config._replace(evaluate="other {out}"), home / "run")
+
+
+def test_numbers_of_unlike_scale_are_not_averaged(home, monkeypatch):
+  calls = []
+
+  def evaluate(out):
+    calls.append(out.name)
+    return {"accuracy": 0.5, "samples": 1000}
+
+  monkeypatch.setattr(folder_bench.external, "command", lambda text: evaluate)
+  config = bench(home, ("average",), numbers=())
+  with pytest.raises(
+    ValueError, match="mean is no score: choose numbers by --score, such as --score acc"
+  ):
+    folder_bench.run(config, home / "run")
+  assert len(calls) == 3
+  record = folder_bench.run(config._replace(numbers=("accuracy",)), home / "run")
+  assert record["models"]["average"]["mean"] == 0.5
+  assert calls[3:] == ["average-1"]
+
+
 def test_a_broken_command_ends_the_run_at_once(home):
   (home / "score.py").write_text("raise SystemExit(3)")
   with pytest.raises(ValueError, match=r"base could not be evaluated: .* ended with status 3"):
