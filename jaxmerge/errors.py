@@ -22,6 +22,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
   if not known:
     return "; there are none"
   close = difflib.get_close_matches(word, known, n=1)
+  close = [name for name in known if name.lower() == word.lower()] or close
   hint = f"; did you mean {close[0]!r}?" if close else ";"
   return f"{hint} Known: {', '.join(known)}"
 

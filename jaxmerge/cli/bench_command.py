@@ -32,7 +32,9 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--models", metavar="MODEL", nargs="+", help="the models to merge")
   text = "prints JSON of numbers for the folder {out}; run without a shell; their mean is the score"
   parser.add_argument("--evaluate", metavar="COMMAND", help=text)
-  parser.add_argument("--methods", metavar="NAMES", help="such as ties,tsv,iso_c; or all")
+  parser.add_argument(
+    "--methods", metavar="NAMES", nargs="+", help="such as ties,tsv,iso_c; or all"
+  )
   text = "the most settings to try per method; default: 8"
   parser.add_argument("--trials", type=int, metavar="N", help=text)
   text = "a fixed value, values, or a range: ties.density=0.2, ties.rule=kth,exact, tsv.scale=1..2"
@@ -89,7 +91,7 @@ def _bench(flags: Mapping[str, Any], download: bool) -> Any:
       flags["base"],
       tuple(flags["models"]),
       flags["evaluate"],
-      _names(flags["methods"]),
+      _names(",".join(flags["methods"])),
       final=values["final"],
       trials=values["trials"],
       changes=parse_box(values["try"]),

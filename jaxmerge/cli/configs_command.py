@@ -15,7 +15,7 @@ To change one: jaxmerge configs copy NAME [PATH], then --config=PATH; or --confi
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument("action", nargs="?", choices=("copy",), help="copy one, to edit it")
+  parser.add_argument("action", nargs="?", metavar="copy", help="copy one, to edit it")
   parser.add_argument("name", nargs="?", metavar="NAME", help="which one")
   text = "the new file, or its folder; default: the working directory"
   parser.add_argument("path", nargs="?", metavar="PATH", help=text)
@@ -36,6 +36,11 @@ def run(options: argparse.Namespace, config: Any) -> None:
       raise ValueError(f"jaxmerge configs copy needs a name. Configs: {', '.join(names)}.")
     progress.output(str(shipped_configs.copy(options.name, options.path)))
     return
+  if options.action is not None:
+    name = options.action
+    known = name in names
+    hint = f"jaxmerge configs copy {name}" if known else f"`jaxmerge configs` lists {len(names)}"
+    raise ValueError(f"{name!r} is {'a config' if known else 'no action'}: {hint}.")
   for name in names:
     header = shipped_configs.header(name)
     progress.output(f"{name}: {header.about}")

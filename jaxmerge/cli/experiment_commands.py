@@ -83,7 +83,6 @@ def _run_once(
 def _run_sweep(options: argparse.Namespace, loaded: Any, folder: pathlib.Path) -> None:
   """Runs all configs of a sweep sequentially, and prints one table."""
   from jaxmerge.experiments import sweep
-  from jaxmerge.report import tables
 
   done: list[pathlib.Path] = []
 
@@ -92,7 +91,17 @@ def _run_sweep(options: argparse.Namespace, loaded: Any, folder: pathlib.Path) -
     done.append(place)
     return _run_once(options, config, place, is_first=len(done) == 1)
 
-  facts = sweep.run(loaded, folder, start)
+  sweep.run(loaded, folder, start)
+  _print_sweep(folder)
+
+
+def _print_sweep(folder: pathlib.Path) -> None:
+  """Prints the table of a finished sweep."""
+  from jaxmerge.experiments import sweep
+  from jaxmerge.io.huggingface import folder as files
+  from jaxmerge.report import tables
+
+  facts = files.read_json(folder / "sweep.json")
   progress.output(tables.to_text(sweep.table(facts)))
   progress.output(sweep.note(facts))
   progress.output(f"sweep: {folder / 'sweep.md'}")
@@ -155,13 +164,20 @@ def run_report(options: argparse.Namespace, config: Any) -> None:
   from jaxmerge.experiments import workdir as workdirs
 
   folder = pathlib.Path(options.workdirs[0])
+  if missing := [w for w in options.workdirs if not pathlib.Path(w).exists()]:
+    raise ValueError(f"{missing[0]}: there is no such folder; name the workdir of a finished run.")
   if len(options.workdirs) > 1:
     from jaxmerge.experiments import joined
 
     record = joined.record(joined.read(options.workdirs))
     folder = pathlib.Path(options.out or COMPARISON)
+    if options.out is None and (folder / "report.json").exists():
+      progress.log(f"note: this replaces the comparison in {folder}; --out=FOLDER keeps both")
   elif options.out is not None:
     raise ValueError("--out is for the comparison of several runs; name two workdirs or more.")
+  elif (folder / "sweep.json").is_file() and not (folder / "report.json").exists():
+    _print_sweep(folder)
+    return
   else:
     record = workdirs.read_record(folder)
   progress.output(reports.text(record))

@@ -22,6 +22,7 @@ def load(path: str, changes: Sequence[tuple[str, str]] = ()) -> ConfigDict:
   row's name to settings of the method of that name, or of the method under `name`; a tuple lists
   values to try. `changes` are changes to the experiment's config.
   """
+  schema.check_command(configs.read(path), path, "bench")
   config = configs.load_as(path, schema.Bench, changes)
   if config.seeds < 1:
     raise ValueError(f"{path}: config.seeds must be at least 1, got {config.seeds}.")

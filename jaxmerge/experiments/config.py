@@ -49,7 +49,9 @@ _WORDS = {
 
 def load(path: str, changes: Sequence[tuple[str, str]] = ()) -> ConfigDict:
   """Returns the locked config of a file with all defaults, changed by pairs (`a.b`, text)."""
-  config = schema.fill(read(path), schema.Experiment)
+  config = read(path)
+  schema.check_command(config, path, "atm")
+  config = schema.fill(config, schema.Experiment)
   check(config, path)
   for key, text in _name_first(changes):
     change(config, key, parse(text, kind(config, key, path), key, path), path)

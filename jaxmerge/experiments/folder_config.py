@@ -54,7 +54,10 @@ def check(bench: Bench) -> Bench:
   for name in names:
     entry = lookup.entry(name)
     if not _fits(name):
-      raise ValueError(f"{name} does not merge the task vectors of any number of models.")
+      raise ValueError(
+        f"{name} does not merge the task vectors of any number of models: "
+        "merge with it by a recipe and `jaxmerge merge`; bench takes those of `--methods all`."
+      )
     box.axes(name, bench.changes.get(name))
     if len(bench.models) < entry.models[0]:
       raise ValueError(f"{name} needs {entry.models[0]} models, got {len(bench.models)}.")

@@ -10,6 +10,8 @@ from ml_collections.config_dict import ConfigDict
 
 from jaxmerge.training import settings
 
+# Keys that tell the configs of commands apart.
+_COMMANDS = {"atm": ("experiment",), "bench": ("run", "methods"), "compile": ("models", "entries")}
 AXES = ("task", "data", "model")  # As `mesh.AXES`, whose module imports jax.
 Group = Mapping[str, Any]
 
@@ -154,3 +156,14 @@ def _fill_group(group: Any, defaults: Group) -> None:
   if isinstance(group, ConfigDict):
     for key in defaults.keys() - group.keys():
       group[key] = defaults[key]
+
+
+def check_command(config: Mapping[str, Any] | ConfigDict, path: str, command: str) -> None:
+  """Raises ValueError for a config of another command, and names that command."""
+  has = [name for name, keys in _COMMANDS.items() if all(key in config for key in keys)]
+  if has and command not in has:
+    more = " --topology=v5e:2x2" if has[0] == "compile" else " --workdir=FOLDER"
+    raise ValueError(
+      f"{path} is a config for `jaxmerge {has[0]}`, not for {command}: run "
+      f"jaxmerge {has[0]} --config={path}{more}."
+    )

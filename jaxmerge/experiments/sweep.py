@@ -43,6 +43,10 @@ def parse_seeds(text: str) -> tuple[int, ...]:
   seeds: Sequence[int] = ()
   if match := re.fullmatch(r"(\d+):(\d+)", text):
     seeds = range(int(match[1]), int(match[2]))
+    if not seeds:
+      raise ValueError(
+        f"--seeds={text} has no seeds: the end must be larger than the start; 0:3 is 0,1,2."
+      )
   elif re.fullmatch(r"\d+(,\d+)*", text):
     seeds = [int(word) for word in text.split(",")]
   if not seeds or len(set(seeds)) < len(seeds):

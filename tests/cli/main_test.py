@@ -338,6 +338,8 @@ def test_missing_config_file_lists_what_there_is(capsys):
     (["atm", f"--config={IMAGES}", "--workdir=x", "more"], ["more"]),
     (["methods", "--config.rounds=3"], ["--config.rounds", "no config"]),
     (["report"], ["WORKDIR"]),
+    (["atm", "--config=images4_methods", "--workdir=x"], ["is a config for `jaxmerge bench`"]),
+    (["bench", "--config=images4_quick", "--workdir=x"], ["is a config for `jaxmerge atm`"]),
     (["atm", f"--config={IMAGES}", "--workdir=x", "--process=1"], ["--process", "--distributed"]),
   ],
 )
@@ -516,6 +518,22 @@ def test_report_prints_the_table_and_remakes_the_page(capsys, tmp_path):
   assert main.main(["report", str(tmp_path)]) == 0
   assert jaxmerge.report.text(record()) in capsys.readouterr().out
   assert "</html>" in (tmp_path / "report.html").read_text()
+
+
+def test_report_says_what_is_not_there_and_names_a_config(capsys, tmp_path):
+  assert "there is no such folder" in refused(capsys, "report", str(tmp_path / "no"), status=1)
+  assert "configs copy images4_quick" in refused(capsys, "configs", "images4_quick", status=1)
+
+
+def test_report_shows_a_finished_sweep(capsys, tmp_path, monkeypatch):
+  from jaxmerge.experiments import sweep
+  from jaxmerge.report import tables
+
+  (tmp_path / "sweep.json").write_text('{"combinations": []}')
+  monkeypatch.setattr(sweep, "table", lambda facts: tables.Table(["Model"], []))
+  monkeypatch.setattr(sweep, "note", lambda facts: f"{len(facts['combinations'])} combinations")
+  assert main.main(["report", str(tmp_path)]) == 0
+  assert "0 combinations" in capsys.readouterr().out
 
 
 def test_report_of_an_unfinished_run_is_an_error(capsys, tmp_path):

@@ -23,3 +23,8 @@ def test_the_command_prints_it_and_names_the_nearest(capsys):
   assert "merge_method: ties" in capsys.readouterr().out
   assert main.main(["methods", "tiez"]) == 1
   assert "did you mean 'ties'?" in capsys.readouterr().err
+
+
+def test_a_name_in_capitals_is_suggested_in_its_spelling(capsys):
+  assert main.main(["methods", "TIES"]) == 1
+  assert "did you mean 'ties'?" in capsys.readouterr().err

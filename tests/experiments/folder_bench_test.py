@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from jaxmerge import merge_files, methods
-from jaxmerge.cli import main
+from jaxmerge.cli import bench_command, main
 from jaxmerge.experiments import folder_bench, folder_config
 from jaxmerge.io.tensors import safetensors
 from jaxmerge.search import box
@@ -305,6 +305,15 @@ def test_a_killed_run_goes_on(home):
   report = (home / "run/report.json").read_bytes()
   subprocess.run(command, cwd=home, env=environment, check=True)
   assert (home / "run/report.json").read_bytes() == report
+
+
+@pytest.mark.parametrize("words", [["ties,dare"], ["ties", "dare"]])
+def test_methods_are_separated_by_commas_or_spaces(words, monkeypatch):
+  benches = []
+  monkeypatch.setattr(bench_command, "_run_folders", lambda options, bench: benches.append(bench))
+  flags = ["--base", "b", "--models", "x", "y", "--evaluate", "python score.py {out}"]
+  assert main.main(["bench", *flags, "--methods", *words]) == 0
+  assert benches[0].methods == ("ties", "dare")
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,13 @@ def test_seeds_are_parsed(text, seeds):
   assert sweep.parse_seeds(text) == seeds
 
 
-@pytest.mark.parametrize("text", ["", "1,1", "3:3", "a", "0-3", "0:"])
+@pytest.mark.parametrize("text", ["3:3", "2:0"])
+def test_an_empty_range_of_seeds_is_refused(text):
+  with pytest.raises(ValueError, match="has no seeds: the end must be larger than the start"):
+    sweep.parse_seeds(text)
+
+
+@pytest.mark.parametrize("text", ["", "1,1", "a", "0-3", "0:"])
 def test_other_seeds_are_refused(text):
   with pytest.raises(ValueError, match="--seeds must be different seeds, such as 0,1,2 or 0:3"):
     sweep.parse_seeds(text)
