@@ -172,6 +172,22 @@ def test_an_average_of_a_run_continues_from_its_newest_step(tmp_path, monkeypatc
   )
 
 
+def test_a_damaged_step_is_named_without_the_spec_of_its_array(tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  with ocp.CheckpointManager(tmp_path / "run") as manager:
+    for step in (1, 2, 3):
+      manager.save(step, args=ocp.args.StandardSave({"params": pure(step)}))
+  for file in (tmp_path / "run/3/default/d").iterdir():
+    file.unlink()
+  recipe = "merge_method: checkpoint_average\nmodels: [{run: run, steps: all}]\n"
+  pathlib.Path("recipe.yml").write_text(recipe + "parameters: {kind: sma}\n")
+  assert main.main(["merge", "recipe.yml", "out"]) != 0
+  text = capsys.readouterr().err
+  assert "run/3/default: tensor 'dense/bias'" in text
+  assert "steps: [1, 2]." in text
+  assert "tensorstore_spec" not in text
+
+
 def test_another_base_has_no_layout_to_write(tmp_path):
   jaxmerge_out = tmp_path / "out"
   with ocp.StandardCheckpointer() as writer:

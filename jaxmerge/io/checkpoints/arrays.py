@@ -120,7 +120,7 @@ class Arrays:
         if out.size:
           self._read(key, dtype, shape, start, out)
       except (ValueError, OSError, RuntimeError) as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise ValueError(f"{where}: {reason(error)}") from error
 
     return Tensor(where, dtype, shape, read)
 
@@ -300,6 +300,16 @@ def _open_new(target: Target, **shared: Any) -> Any:
   spec = target.spec | {"store_data_equal_to_fill_value": True, "dtype": target.tensor.dtype.name}
   options = {"create": True, "open": True, "shape": target.tensor.shape, **shared}
   return tensorstore.open(spec, **options).result()
+
+
+def reason(error: Exception) -> str:
+  """Returns the text of an error without the spec that TensorStore adds.
+
+  >>> reason(ValueError("NOT_FOUND: no array [tensorstore_spec='{...}']"))
+  'NOT_FOUND: no array.'
+  """
+  text, spec, _ = str(error).partition(" [tensorstore_spec=")
+  return f"{text}." if spec else text
 
 
 def check_path(path: pathlib.Path) -> None:

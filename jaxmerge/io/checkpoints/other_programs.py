@@ -264,7 +264,9 @@ def _tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
     try:
       store = future.result()
     except (ValueError, OSError, RuntimeError) as error:
-      raise ValueError(f"{checkpoint.item.text}: tensor {name!r}: {error}") from error
+      raise ValueError(
+        f"{checkpoint.item.text}: tensor {name!r}: {arrays.reason(error)}"
+      ) from error
     specs[name] = store.dtype.numpy_dtype, tuple(store.shape)
   opened = arrays.Arrays(checkpoint.item.text, functools.partial(_open_array, checkpoint))
   return {
