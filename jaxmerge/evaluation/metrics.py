@@ -41,10 +41,15 @@ class Metric(NamedTuple):
     return scores > 0.5 if self.right_or_wrong else scores
 
 
-def metric_of(metric: Metric | losses.Rowwise) -> Metric:
+def metric_of(metric: Metric | losses.Rowwise | Any) -> Metric:
   """Returns a metric; for a function of outputs and labels, higher scores are better."""
   if isinstance(metric, Metric):
     return metric
+  if not callable(metric):
+    raise ValueError(
+      f"metric must be a function (outputs, labels) -> [B] or a Metric, got {metric!r}: give one, "
+      "such as jaxmerge.evaluation.metrics.ACCURACY."
+    )
   return Metric(getattr(metric, "__name__", "score"), metric)
 
 

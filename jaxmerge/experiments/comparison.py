@@ -47,7 +47,7 @@ def compare(
   *,
   trials: int = 8,
   split: str | None = None,
-  models: Mapping[str, Any] | None = None,
+  models: Mapping[str, Any] | Any = None,
   metric: metrics.Metric | losses.Rowwise = metrics.ACCURACY,
   layout: layouts.Layout | None = (),
   mesh: Mesh | None = None,
@@ -86,6 +86,8 @@ def compare(
     )
   metric = metrics.metric_of(metric)
   listed = _listed(methods, trials)
+  if models is not None and not isinstance(models, Mapping):
+    raise ValueError("models must be a dict of models by name, such as {'atm': result}.")
   _refuse_taken(listed, models or {}, len(tasks))
   split = _split(split, tasks)
   stack, of = arguments.stack_models(base, experts, call="compare(apply, base, experts, tasks)")

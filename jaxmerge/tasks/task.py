@@ -8,6 +8,8 @@ from typing import Any, NamedTuple  # Any: inputs are trees; a head may be its s
 import jax
 import numpy as np
 
+from jaxmerge.errors import suggest_keywords
+
 
 class Split(NamedTuple):
   """Labelled rows of one task.
@@ -20,6 +22,7 @@ class Split(NamedTuple):
   labels: np.ndarray
 
 
+@suggest_keywords
 @dataclasses.dataclass(frozen=True, eq=False)
 class Task:
   """One task: training, validation and test rows, and a frozen head.

@@ -15,7 +15,7 @@ from jaxmerge.tasks import batch, losses
 from jaxmerge.tasks import task as tasks
 
 
-def check(apply: batch.Apply, params: Any, task_list: Any, loss: losses.Rowwise) -> None:
+def check(apply: batch.Apply, params: Any, task_list: Any, loss: losses.Rowwise | Any) -> None:
   """Raises ValueError, naming task and row, for tasks that cannot be trained on.
 
   Nothing is computed: shapes come from `jax.eval_shape`.
@@ -26,6 +26,11 @@ def check(apply: batch.Apply, params: Any, task_list: Any, loss: losses.Rowwise)
     task_list: a list of tasks.
     loss: the loss; the shape of outputs is checked for `cross_entropy` only.
   """
+  if not callable(loss):
+    raise ValueError(
+      f"loss must be a function (outputs, labels) -> [B, ...], got {loss!r}: give one, such as "
+      "jaxmerge.tasks.losses.cross_entropy."
+    )
   if isinstance(task_list, tasks.Task | Mapping | str) or not isinstance(task_list, Sequence):
     raise ValueError(f"tasks must be a list of jaxmerge.Task, got {type(task_list).__name__}.")
   if not task_list:

@@ -66,6 +66,10 @@ class Result(NamedTuple):
   experts: Any = None
   merges: Mapping[str, Any] = types.MappingProxyType({})
 
+  def __repr__(self) -> str:
+    mean = self.rounds[-1]["mean"] if self.rounds else None
+    return f"Result({len(self.rounds)} rounds, mean {mean}; has {', '.join(self._fields)})"
+
 
 @suggest_keywords
 @double_precision.aware
@@ -119,6 +123,8 @@ def tune_and_merge(
     Stopped: where `stop` returned True before the last round.
     ValueError: for bad data or settings, a task that diverges, or checkpoints of another run.
   """
+  if isinstance(method, Settings):
+    raise ValueError("the settings are in the method's place: give them by name, settings=...")
   settings = settings or Settings()
   method = methods.average() if method is None else arguments.method(method)
   statistics.refuse(method, "tune_and_merge")

@@ -138,6 +138,7 @@ def test_a_method_that_fails_says_why(result):
     ({"trials": 0}, "trials must be a whole number, 1 or more, got 0"),
     ({"methods": [jaxmerge.methods.ties()]}, r"or methods by name, such as {'mine': method}"),
     ({"methods": jaxmerge.methods.ties()}, r"or methods by name, such as {'mine': method}"),
+    ({"models": [0]}, "models must be a dict of models by name"),
     ({"experts": None}, r"baselines=\['experts'\]"),
     ({"models": {"Ties": 0}}, "models: the name 'Ties' is taken by one of the methods of that"),
     ({"models": {"base": 0}}, "models: the name 'base' is taken by the reference of that name"),

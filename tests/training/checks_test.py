@@ -133,7 +133,7 @@ def test_parts_that_are_something_else_are_named(parts, words):
 
 @pytest.mark.parametrize(
   ("params", "words"),
-  [({}, "has no parameters"), ([1.0], "leaf '0' of .* is a float; convert it with np.asarray")],
+  [({}, "has no parameters"), ([1.0], "leaf '0' of .* is a float; give arrays")],
 )
 def test_parameters_are_arrays(params, words):
   with pytest.raises(ValueError, match=words):

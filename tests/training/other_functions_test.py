@@ -1,14 +1,17 @@
 """Checkpoints of the loop with another model, loss, layout or head than the run's."""
 
 import dataclasses
+import inspect
 
 import jax
+import numpy as np
 import pytest
 import small_tasks as small
 
 from jaxmerge.io.checkpoints import store as stores
 from jaxmerge.parallel import mesh as meshes
 from jaxmerge.tasks import losses
+from jaxmerge.tasks.task import Task
 from jaxmerge.training import loop, saving, settings
 
 SETTINGS = settings.Settings(rounds=2, epochs=2.0, batch_size=4, learning_rate=0.05)
@@ -79,3 +82,29 @@ def test_checkpoints_without_digests_go_on_with_a_note(tmp_path, monkeypatch):
     "resumed after round 1",
     "no digest tells whether the run began with the same apply, loss, layout",
   )
+
+
+CALL = inspect.unwrap(loop.tune_and_merge)  # Without a check of the types.
+
+
+@pytest.mark.parametrize(
+  ("changes", "words"),
+  [
+    (dict(loss="mse"), "loss must be a function .* got 'mse'"),
+    (dict(metric="acc"), "metric must be a function .* got 'acc'"),
+    (dict(method=SETTINGS), "give them by name, settings=..."),
+  ],
+)
+def test_what_is_no_function_is_named(tmp_path, changes, words):
+  with pytest.raises(ValueError, match=words):
+    CALL(small.network, small.weights(), small.three(), **changes)
+
+
+def test_a_result_is_shown_in_a_line():
+  shown = repr(loop.Result(np.zeros(9), [{"mean": 0.5}] * 3, None, ()))
+  assert shown.startswith("Result(3 rounds, mean 0.5; has params, rounds, budget")
+
+
+def test_a_mistyped_part_of_a_task_is_named():
+  with pytest.raises(TypeError, match=r"Task has no argument 'val'; Known: .*validation"):
+    Task("a", None, val=None)
