@@ -25,6 +25,8 @@ import jax
 from jaxmerge.cli import main
 
 _FENCE = re.compile(r"^(?:<!-- ([\w, ]+) -->\n)?```(\w+)\n(.*?)^```$", re.M | re.S)
+# Lines of progress come after seconds, on slow machines.
+_PROGRESS = re.compile(r"^[a-z][\w -]*: [\d.e+]+/[\d.e+]+ .*\n", re.MULTILINE)
 _FILE = re.compile(r"# ([\w./]+\.\w+)\n")
 
 
@@ -81,6 +83,7 @@ def _compare(page, block, printed):
   if printed is None:
     return
   flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+  printed = _PROGRESS.sub("", printed)
   same = doctest.OutputChecker().check_output(block.code, printed, flags)
   assert same, f"{page.name}, line {block.line}: printed is\n{printed}"
 
