@@ -43,6 +43,16 @@ def add_download_flag(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--download", action="store_true", help=text)
 
 
+def add_replace_flag(parser: argparse.ArgumentParser) -> None:
+  """Adds `--replace`."""
+  parser.add_argument("--replace", action="store_true", help="replace OUT if it exists")
+
+
+def add_json_flag(parser: argparse.ArgumentParser) -> None:
+  """Adds `--json`."""
+  parser.add_argument("--json", action="store_true", help="print JSON")
+
+
 def add_process_flags(parser: argparse.ArgumentParser) -> None:
   """Adds the flags of a command that many processes can share."""
   text = "run as one of many processes; discovered on Cloud TPU and Slurm, elsewhere pass:"

@@ -11,6 +11,7 @@ from jaxmerge.cli import progress
 from jaxmerge.cli.command import (
   Changes,
   Command,
+  add_json_flag,
   add_process_flags,
   add_run_flags,
   start_devices,
@@ -114,7 +115,7 @@ def _add_compile_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--topology", required=True, metavar="NAME", help=text)
   text = "number of slices of that topology"
   parser.add_argument("--slices", type=int, default=1, metavar="N", help=text)
-  parser.add_argument("--json", action="store_true", help="print JSON")
+  add_json_flag(parser)
 
 
 def _load_compile_config(options: argparse.Namespace, changes: Changes) -> Any:

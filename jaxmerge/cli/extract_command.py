@@ -8,7 +8,7 @@ import json
 from typing import Any  # A command without a config gets None.
 
 from jaxmerge.cli import progress
-from jaxmerge.cli.command import Command, add_download_flag
+from jaxmerge.cli.command import Command, add_download_flag, add_json_flag, add_replace_flag
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
@@ -33,8 +33,8 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--save", action="append", default=[], metavar="MODULE", help=text)
   dtypes = ("float32", "bfloat16", "float16")
   parser.add_argument("--dtype", choices=dtypes, default="float32", help="dtype of the adapter")
-  parser.add_argument("--replace", action="store_true", help="replace OUT if it exists")
-  parser.add_argument("--json", action="store_true", help="print JSON")
+  add_replace_flag(parser)
+  add_json_flag(parser)
   add_download_flag(parser)
 
 

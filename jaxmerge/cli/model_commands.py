@@ -10,7 +10,14 @@ from collections.abc import Callable
 from typing import Any  # Any: a plan is imported only where needed.
 
 from jaxmerge.cli import progress
-from jaxmerge.cli.command import Command, add_download_flag, add_process_flags, start_devices
+from jaxmerge.cli.command import (
+  Command,
+  add_download_flag,
+  add_json_flag,
+  add_process_flags,
+  add_replace_flag,
+  start_devices,
+)
 
 
 def _add_merge_flags(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +28,7 @@ def _add_merge_flags(parser: argparse.ArgumentParser) -> None:
   text = "check everything, print the plan, and write nothing"
   parser.add_argument("--dry-run", action="store_true", help=text)
   add_process_flags(parser)
-  parser.add_argument("--replace", action="store_true", help="replace OUT if it exists")
+  add_replace_flag(parser)
   text = "resume an interrupted merge of the same recipe, or start over"
   parser.add_argument("--resume", choices=("auto", "never"), default="auto", help=text)
   text = "output format: safetensors, an Orbax checkpoint in OUT/state, or the layout of the base"
@@ -156,7 +163,7 @@ def _add_inspect_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--checksums", action="store_true", help=text)
   text = "read the weights; fail if they are not as jaxmerge wrote them"
   parser.add_argument("--check", action="store_true", help=text)
-  parser.add_argument("--json", action="store_true", help="print JSON")
+  add_json_flag(parser)
 
 
 def run_inspect(options: argparse.Namespace, config: Any) -> None:

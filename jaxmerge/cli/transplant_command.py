@@ -8,7 +8,7 @@ import json
 from typing import Any  # A command without a config gets None.
 
 from jaxmerge.cli import progress
-from jaxmerge.cli.command import Command, add_download_flag
+from jaxmerge.cli.command import Command, add_download_flag, add_json_flag, add_replace_flag
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
@@ -29,8 +29,8 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--match-prefixes", action="store_true", help=text)
   text = "new tokens at a time: fewer take less memory; default: 512"
   parser.add_argument("--batch", type=int, default=512, metavar="N", help=text)
-  parser.add_argument("--replace", action="store_true", help="replace OUT if it exists")
-  parser.add_argument("--json", action="store_true", help="print JSON")
+  add_replace_flag(parser)
+  add_json_flag(parser)
   add_download_flag(parser)
 
 

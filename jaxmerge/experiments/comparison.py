@@ -90,12 +90,7 @@ def compare(
     raise ValueError("models must be a dict of models by name, such as {'atm': result}.")
   _refuse_taken(listed, models or {}, len(tasks))
   split = _split(split, tasks)
-  stack, of = arguments.stack_models(base, experts, call="compare(apply, base, experts, tasks)")
-  stack = arguments.in_order_of_tasks(stack, of, [t.name for t in tasks])
-  base, stack = (jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), t) for t in (base, stack))
-  height = jax.tree.leaves(stack)[0].shape[0]
-  if height != len(tasks):
-    raise ValueError(f"there must be an expert for each task: {len(tasks)}, got {height}.")
+  base, stack = _base_and_experts(base, experts, tasks)
   mesh = mesh or meshes.make(tasks=len(tasks))
   score = scoring.scorer(apply, metric.rowwise, mesh=mesh)
   goal = scales.Validation(
@@ -120,6 +115,17 @@ def compare(
   record["gap_closed"] = comparisons.gap_closed(record["models"])
   record["differences"] = _differences(record, rows, merges)
   return record
+
+
+def _base_and_experts(base: Any, experts: Any, tasks: Sequence[Task]) -> tuple[Any, Any]:
+  """Returns the base and the stack of experts in the tasks' order, in float32."""
+  stack, of = arguments.stack_models(base, experts, call="compare(apply, base, experts, tasks)")
+  stack = arguments.in_order_of_tasks(stack, of, [t.name for t in tasks])
+  base, stack = (jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), t) for t in (base, stack))
+  height = jax.tree.leaves(stack)[0].shape[0]
+  if height != len(tasks):
+    raise ValueError(f"there must be an expert for each task: {len(tasks)}, got {height}.")
+  return base, stack
 
 
 def _listed(methods: Methods | Any, trials: int) -> dict[str, Any]:

@@ -59,8 +59,8 @@ def _align(model: Model, donor: Model, models: Sequence[Model]) -> Model:
 def _prefix(model: Model) -> str | None:
   """Returns the prefix of the decoder's tensors, None where it is none of Hugging Face's."""
   names = {m["prefix"] for n in model.tensors if (m := _QUERY.fullmatch(n))}
-  found = [prefix for prefix in names if f"{prefix}embed_tokens.weight" in model.tensors]
-  return found[0] if len(found) == 1 else None
+  decoders = [prefix for prefix in names if f"{prefix}embed_tokens.weight" in model.tensors]
+  return decoders[0] if len(decoders) == 1 else None
 
 
 def _map(model: Model, forms: Sequence[Form], models: Sequence[Model], prefix: str) -> Map:

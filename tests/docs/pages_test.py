@@ -22,12 +22,10 @@ SLOW = [path for path in PAGES if pages.has_slow_blocks(path)]
 def _in_a_new_folder(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   # What the command line sets must not reach later tests.
-  # Commands of pages name `python`: the one that runs the tests.
-  home = str(pathlib.Path(sys.executable).parent)
-  monkeypatch.setenv("PATH", f"{home}{os.pathsep}{os.environ['PATH']}")
   monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
-  # A command that a command runs is called python as well.
-  monkeypatch.setenv("PATH", f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
+  # Pages, and commands that their commands run, call `python`: the one that runs the tests.
+  home = pathlib.Path(sys.executable).parent
+  monkeypatch.setenv("PATH", f"{home}{os.pathsep}{os.environ['PATH']}")
 
 
 WHOLE = [path for path in PAGES if path in FAST or path not in SLOW]
