@@ -16,7 +16,6 @@ from jaxmerge.catalog import lookup
 from jaxmerge.core import layouts, stage
 from jaxmerge.core.stage import Method
 from jaxmerge.drivers import arguments
-from jaxmerge.evaluation import compare as scores_
 from jaxmerge.evaluation import metrics, scoring
 from jaxmerge.experiments import standings, workdir
 from jaxmerge.experiments.setup import place_rows, replicate
@@ -25,7 +24,7 @@ from jaxmerge.report import comparisons, labels
 from jaxmerge.search import box, grid, objective, scales
 from jaxmerge.tasks import batch, losses
 from jaxmerge.tasks.task import Task
-from jaxmerge.training import settings
+from jaxmerge.training import references, settings
 
 METHODS = ("average", "task_arithmetic", "ties")
 Methods = Sequence[str] | Mapping[str, Mapping[str, Any] | Method]
@@ -106,9 +105,11 @@ def compare(
   merges, failed = _search_all(goal, listed, seed)
   others = {n: getattr(m, "params", m) for n, m in (models or {}).items()}
   singles = {"base": base, **{n: m.params for n, m in merges.items()}, **others}
-  record, rows = _score(score, mesh, singles, stack, tasks, split, metric)
+  record, rows = references.score_models(score, mesh, singles, stack, tasks, split, metric)
   if split == "test":
-    validation, _ = _score(score, mesh, singles, stack, tasks, "validation", metric)
+    validation, _ = references.score_models(
+      score, mesh, singles, stack, tasks, "validation", metric
+    )
     record["validation"] = {n: m["mean"] for n, m in validation["models"].items()}
   record |= {"split": split, "seed": seed, **_facts(merges, failed, models or {})}
   record["parameters"] = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(base))
@@ -251,25 +252,6 @@ def _in_box(name: str, trials: int) -> objective.Strategy:
     except StopIteration:
       return None
     scores = yield [_scaled(name, one) for one in candidates]
-
-
-def _score(
-  score: scoring.Scorer,
-  mesh: Mesh,
-  models: Mapping[str, Any],
-  experts: Any,
-  tasks: Sequence[Task],
-  split: str,
-  metric: metrics.Metric,
-) -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray]]]:
-  """Returns the sections of a record with the scores of all models, and the scores of rows."""
-  rows = place_rows(mesh, tasks, split)
-  single = {**models, **scores_.split_experts(experts, len(tasks))}
-  padded = {
-    n: np.asarray(score(jax.tree.map(lambda x: x[None], p), rows)[0]) for n, p in single.items()
-  }
-  by_model, by_expert = scores_.by_row(padded, list(padded), tasks, split, metric)
-  return scores_.summary(tasks, split, by_model, by_expert, {}, metric), by_model
 
 
 def _facts(

@@ -111,11 +111,9 @@ def _check_scale(numbers: Mapping[str, float], events: Events) -> None:
   """Says which numbers the score averages; raises ValueError for fractions beside large numbers."""
   if len(numbers) == 1:
     return
-  small, large = (
-    min(numbers, key=lambda n: abs(numbers[n])),
-    max(numbers, key=lambda n: abs(numbers[n])),
-  )
-  if abs(numbers[small]) <= 1 and abs(numbers[large]) > 100:
+  sizes = {n: abs(x) for n, x in numbers.items()}
+  small, large = min(sizes, key=sizes.__getitem__), max(sizes, key=sizes.__getitem__)
+  if sizes[small] <= 1 and sizes[large] > 100:
     raise ValueError(
       f"the evaluation prints {small} {numbers[small]:g} and {large} {numbers[large]:g}, whose "
       f"mean is no score: choose numbers by --score, such as --score {small}."
@@ -125,7 +123,7 @@ def _check_scale(numbers: Mapping[str, float], events: Events) -> None:
 
 def _plain(bench: Bench, models: Mapping[str, str]) -> dict[str, Any]:
   """Returns the config of a run, with a digest of each model's files."""
-  plain = json.loads(json.dumps(bench._asdict()))
+  plain = bench._asdict()
   plain["changes"] = {m: {n: a._asdict() for n, a in c.items()} for m, c in bench.changes.items()}
   plain = json.loads(json.dumps(plain)) | {"models": dict(models)}
   digests = {}
@@ -185,9 +183,8 @@ def _search(source: Source, bench: Bench, name: str, events: Events) -> Result:
   strategy = box.search(axes, bench.trials, {n: parameters[n].default for n in axes})
   try:
     with warnings.catch_warnings():
-      warnings.filterwarnings(
-        "ignore", message=".*have NaN as their score"
-      )  # Reported by on_trial.
+      # Reported by on_trial.
+      warnings.filterwarnings("ignore", message=".*have NaN as their score")
       best = objective.run(trials, strategy)
     result = _best(source, trials, best.params)
   except stamps.Changed:

@@ -142,8 +142,7 @@ def prepare(config: dict[str, Any], folder: pathlib.Path, events: Events) -> Set
 
 def place_rows(mesh: Mesh, tasks: Sequence[Task], split: str) -> batch.TaskBatch:
   """Puts a split of all tasks on the devices."""
-  side = mesh.shape["task"]
-  return placement.rows(tasks, split, mesh, num_slots=-(-len(tasks) // side) * side)
+  return placement.rows(tasks, split, mesh)
 
 
 def pad(mesh: Mesh, stack: Any, num_slots: int) -> Any:

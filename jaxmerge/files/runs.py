@@ -7,6 +7,7 @@ no weights are read. Free of jax.
 
 from __future__ import annotations
 
+import collections
 import os
 import pathlib
 import re
@@ -20,7 +21,9 @@ _NAME = re.compile(
   r"(?P<prefix>|(?:checkpoint|ckpt|step|global_step|iter|model|state)[-_]?)(?P<step>[0-9]{1,15})"
 )
 # Folders of interrupted saves of Orbax, the Hugging Face trainer, jaxmerge.
-_UNFINISHED = re.compile(r".*\.orbax-checkpoint-tmp.*|tmp-checkpoint-[0-9]+|.*\.(tmp|partial)")
+_UNFINISHED = re.compile(
+  rf".*{re.escape(places.UNFINISHED)}.*|tmp-checkpoint-[0-9]+|.*\.(tmp|partial)"
+)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _COMMITTED = "commit_success.txt"  # Orbax's mark of a complete step on object stores.
 _TRAINER = "trainer_state.json"
@@ -80,7 +83,7 @@ def open_run(path: str | os.PathLike[str]) -> Run:
   path = pathlib.Path(text)
   if not path.is_dir():
     raise FileNotFoundError(f"{path}: no such folder; a run is a folder with one folder per step.")
-  inner = path / metadata.STORES
+  inner = path / places.STORES
   stores = sorted(p for p in inner.iterdir() if p.is_dir()) if inner.is_dir() else []
   runs = [run for p in (path, inner) if (run := _list(p)).checkpoints]
   runs = runs[:1] or [run for p in stores if (run := _list(p)).checkpoints]
@@ -167,7 +170,7 @@ def select(
 
 def _remote_run(where: places.Place) -> Run:
   """Lists the steps of a run at a URL, where Orbax marks complete steps."""
-  for folder in (where, where / "checkpoints"):
+  for folder in (where, where / places.STORES):
     names = folder.names()
     whole = [n for n in names if (folder / n).read(_COMMITTED) is not None]
     partial = [n for n in names if whole and n not in whole and _NAME.fullmatch(n)]
@@ -264,7 +267,7 @@ def _range(run: Run, ends: Sequence[int | None]) -> tuple[Checkpoint, ...]:
 def _exactly(run: Run, steps: Sequence[int], instead: str = "") -> tuple[Checkpoint, ...]:
   """Returns the checkpoints of these steps; raises ValueError with the missing ones."""
   by_step = {c.step: c for c in run.checkpoints}
-  if twice := [n for n in steps if list(steps).count(n) > 1] if len(steps) < 1000 else []:
+  if twice := [n for n, count in collections.Counter(steps).items() if count > 1]:
     raise ValueError(f"{run.folder}: step {twice[0]} is listed twice; list it once.")
   if missing := [n for n in steps if n not in by_step]:
     partial = [p.name for p in run.unfinished for n in missing if re.search(rf"\b0*{n}\b", p.name)]

@@ -154,7 +154,9 @@ def _compare(
   if names or test:
     models = {"base": base, **others.merges, "atm": result.params}
     for split in ("validation", *(["test"] if test else [])):
-      summaries[split] = references.summary(spec, run.score, metric, models, others.experts, split)
+      summaries[split], _ = references.score_models(
+        run.score, spec.mesh, models, others.experts, spec.tasks, split, metric
+      )
   record = references.record(
     spec, result.rounds, summaries, {**others.budget, **costs}, base, metric
   )

@@ -35,11 +35,17 @@ def shard_weights(apply: batch.Apply, mesh: Mesh, rules: meshes.Rules = ()) -> b
   return placed
 
 
-def rows(tasks: Sequence[task.Task], split: str, mesh: Mesh, *, num_slots: int) -> batch.TaskBatch:
+def rows(
+  tasks: Sequence[task.Task], split: str, mesh: Mesh, *, num_slots: int | None = None
+) -> batch.TaskBatch:
   """Stacks one split, sharded over the task axis; each process stacks its local slots only.
 
-  Arguments and errors are those of `batch.stack`.
+  Arguments and errors are those of `batch.stack`; without a number of slots, there are as few as
+  the task axis divides.
   """
+  if num_slots is None:
+    side = mesh.shape["task"]
+    num_slots = -(-len(tasks) // side) * side
   sharding, slots = meshes.task_sharding(mesh), meshes.local_slots(mesh, num_slots)
   stack = batch.stack(tasks, split, num_slots=num_slots, slots=slots)
   if sharding.is_fully_addressable:

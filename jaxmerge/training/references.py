@@ -9,6 +9,7 @@ from typing import Any, NamedTuple  # Any: parameters are the user's tree.
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxmerge import errors, methods
 from jaxmerge.catalog import lookup
@@ -100,26 +101,29 @@ def train(spec: Spec, base: Any, metric: metrics.Metric, names: Sequence[str]) -
   return References(base, experts, merges, budget)
 
 
-def summary(
-  spec: Spec,
+def score_models(
   score: scoring.Scorer,
-  metric: metrics.Metric,
+  mesh: Mesh,
   models: Mapping[str, Any],
   experts: Any,
+  tasks: Sequence[Task],
   split: str,
-) -> dict[str, Any]:
-  """Returns the sections of a record with the scores of models, and of experts if there are any."""
-  side = spec.mesh.shape["task"]
-  slots = -(-len(spec.tasks) // side) * side
-  rows = placement.rows(spec.tasks, split, spec.mesh, num_slots=slots)
+  metric: metrics.Metric,
+) -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray]]]:
+  """Scores models, and a stack of experts if there is one, on all rows of a split.
+
+  Returns:
+    The sections of a record with the scores, and the scores of rows by model and task.
+  """
+  rows = placement.rows(tasks, split, mesh)
   single = dict(models)
   if experts is not None:
-    single |= compare.split_experts(experts, len(spec.tasks))
+    single |= compare.split_experts(experts, len(tasks))
   padded = {
     n: np.asarray(score(jax.tree.map(lambda x: x[None], p), rows)[0]) for n, p in single.items()
   }
-  scores, by_expert = compare.by_row(padded, list(padded), spec.tasks, split, metric)
-  return compare.summary(spec.tasks, split, scores, by_expert, {}, metric)
+  scores, by_expert = compare.by_row(padded, list(padded), tasks, split, metric)
+  return compare.summary(tasks, split, scores, by_expert, {}, metric), scores
 
 
 def record(

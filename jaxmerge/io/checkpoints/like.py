@@ -74,9 +74,11 @@ def note(checkpoint: Checkpoint) -> str:
   beside = "" if _step(checkpoint) is None else _other_items(checkpoint)
   others = [*checkpoint.model.left_out, *beside.split()]
   text = f"written in the layout of {checkpoint.reference}"
-  if not others:
-    return f"{text}."
-  return f"{text}; not merged, but as they are there: {', '.join(others)}."
+  if others:
+    text += f"; not merged, but as they are there: {', '.join(others)}"
+  if checkpoint.root.is_remote and _step(checkpoint) is not None:
+    text += "; other items of the step are behind a URL, and not copied"
+  return f"{text}."
 
 
 def write(

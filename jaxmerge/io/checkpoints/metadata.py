@@ -15,14 +15,13 @@ from pathlib import Path
 import ml_dtypes  # noqa: F401  NumPy learns the names of bfloat16 and the 8-bit floats from it.
 import numpy as np
 
-from jaxmerge.io.checkpoints import arrays, manifest
+from jaxmerge.io.checkpoints import arrays, manifest, places
 from jaxmerge.io.tensors.tensor import Tensor
 
 RECORD = "record.json"
 PROVENANCE = "jaxmerge_provenance.json"  # Written next to a merged model.
 STATE = "state"
 MODEL = "params"
-STORES = "checkpoints"  # Folder of the stores in a workdir.
 LOOP = "atm"  # Name of the loop's store, which takes precedence.
 
 
@@ -64,7 +63,7 @@ def find_checkpoint(path: Path) -> Path | None:
   """
   if is_checkpoint(path):
     return path
-  path = path / STORES if (path / STORES).is_dir() else path
+  path = path / places.STORES if (path / places.STORES).is_dir() else path
   if _is_store(path):
     return path / str(steps(path)[-1])
   stores = [p for p in sorted(path.iterdir()) if _is_store(p)] if path.is_dir() else []

@@ -20,9 +20,7 @@ from jaxmerge.io.checkpoints import arrays, places, trees
 from jaxmerge.io.checkpoints.places import Place
 from jaxmerge.io.tensors.tensor import Tensor
 
-STORES = "checkpoints"  # Common subfolder for the steps of a run.
 _STEP = re.compile(r"(?:.*[._-])?([0-9]+)")
-_UNFINISHED = ".orbax-checkpoint-tmp"
 _SUFFIX = re.compile(r"(?P<path>.+?)(?:@(?P<step>[0-9]+))?(?::(?P<subtree>[^:@]+))?")
 
 
@@ -148,7 +146,7 @@ def step_number(name: str) -> int | None:
   >>> step_number("500"), step_number("checkpoint_00500"), step_number("default")
   (500, 500, None)
   """
-  match = None if _UNFINISHED in name else _STEP.fullmatch(name)
+  match = None if places.UNFINISHED in name else _STEP.fullmatch(name)
   return int(match[1]) if match else None
 
 
@@ -187,7 +185,7 @@ def _find_step(root: Place, step: int | None) -> tuple[str, int | None, int] | N
     if step is not None:
       raise ValueError(f"{root.text}@{step}: {root.text} is one checkpoint and has no steps.")
     return "", None, 0
-  inner = "" if steps(root) else STORES if STORES in root.names() else ""
+  inner = "" if steps(root) else places.STORES if places.STORES in root.names() else ""
   numbered = steps(root / inner)
   if not numbered:
     return None
@@ -217,7 +215,7 @@ def _items(folder: Place) -> list[str] | None:
     names = [n for n in names if (folder.path / n / trees.METADATA).is_file()]
   else:
     names = [n for n in names if (folder / n).read(trees.METADATA) is not None]
-  return [n for n in names if _UNFINISHED not in n] or None
+  return [n for n in names if places.UNFINISHED not in n] or None
 
 
 def _holds_steps(folder: Place) -> bool:

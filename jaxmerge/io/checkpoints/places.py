@@ -12,6 +12,8 @@ from typing import Any, NamedTuple  # Any: specs of TensorStore.
 
 from jaxmerge.io.disk import strict_json
 
+STORES = "checkpoints"  # Where trainers keep steps in the folder of a run, and jaxmerge its stores.
+UNFINISHED = ".orbax-checkpoint-tmp"  # Part of the names of Orbax's unfinished saves.
 _URL = re.compile(r"[a-z][a-z0-9+.-]+:/(?!/)|[a-z][a-z0-9+.-]+://")
 
 

@@ -34,7 +34,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
-from jaxmerge.io.checkpoints import arrays, leaves, manifest, metadata, orbax_output
+from jaxmerge.io.checkpoints import arrays, leaves, manifest, metadata, orbax_output, places
 from jaxmerge.io.checkpoints.metadata import RECORD, STATE
 from jaxmerge.io.disk import atomic, locks, shared, strict_json
 
@@ -303,7 +303,7 @@ def _unfinished_saves(directory: Path) -> list[Path]:
   staged = directory / "unfinished"
   paths = list(staged.iterdir()) if staged.is_dir() else []
   if directory.is_dir():
-    paths += [p for p in directory.iterdir() if ".orbax-checkpoint-tmp" in p.name]
+    paths += [p for p in directory.iterdir() if places.UNFINISHED in p.name]
   return sorted(paths)
 
 
