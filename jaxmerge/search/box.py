@@ -142,7 +142,8 @@ def search(box: Mapping[str, Axis], trials: int, default: Mapping[str, Any]) -> 
       continue
     proposed.append(candidate)
     (score,) = yield [candidate]
-    if not best or score > highest:
+    # After a first score of NaN nothing would be larger, and the rest would lie near a failure.
+    if not best or score > highest or math.isnan(highest):
       best, highest = candidate, score
   return None
 

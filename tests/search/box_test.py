@@ -67,6 +67,17 @@ def test_scores_below_all_do_not_end_the_search():
   assert len(trials(box.axes("ties"), 6, {"density": 0.2, "scale": 1.0}, lambda c: -math.inf)) == 6
 
 
+def test_later_candidates_lie_near_the_best_also_where_the_first_failed():
+  """The default, whose evaluation fails, is scored NaN."""
+  axes, default = {"scale": box.Axis(0.25, 4.0, is_log=True)}, {"scale": 1.0}
+
+  def late(score):
+    return [abs(math.log(c["scale"] / 4)) for c in trials(axes, 8, default, score)[4:]]
+
+  failing = late(lambda c: math.nan if c == default else c["scale"])
+  assert failing == late(lambda c: c["scale"])
+
+
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
